@@ -1,0 +1,203 @@
+"""Every error this package raises on purpose. Each class owns its wording and says the way out.
+
+All of them are `VlmError`. Those a user causes with a bad value are `ValueError` too. They survive
+pickling, because sealing, loading and training cross process boundaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = [
+    "ChecksumError",
+    "CorruptFileError",
+    "InvalidEventsError",
+    "InvalidRequestsError",
+    "PinError",
+    "SchemaError",
+    "SourceFormatError",
+    "StorageError",
+    "TableError",
+    "VlmError",
+    "WatermarkError",
+    "WindowError",
+    "WindowSealedError",
+]
+
+
+def _revive(cls: type[VlmError], message: str, state: dict[str, Any]) -> VlmError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error
+
+
+class VlmError(Exception):
+    """Base of all errors raised on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revive, (type(self), str(self), dict(self.__dict__))
+
+
+class SchemaError(VlmError, ValueError):
+    """A declared name, type, column or option does not fit. Nothing was read or written."""
+
+    def __init__(self, what: str, way_out: str) -> None:
+        super().__init__(f"{what}. {way_out}")
+
+
+class _InvalidRowsError(VlmError, ValueError):
+    noun = "row"
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        row: int | None,
+        column: str | None,
+        value: object,
+        way_out: str,
+        where: str = "",
+        num_rows: int = 1,
+    ) -> None:
+        place = f" in {where}" if where else ""
+        at = "" if row is None else f"row {row}{place}"
+        if row is None and where:
+            at = where
+        named = f", column {column!r}" if column else ""
+        shown = "" if value is None and column is None else f" (value: {value!r})"
+        more = f" ({num_rows:,} such rows; this is the first)" if num_rows > 1 else ""
+        prefix = f"{self.noun} {at}{named}: " if at else f"{self.noun}s{named}: "
+        super().__init__(f"{prefix}{problem}{shown}{more}. {way_out} Nothing was written.")
+        self.row = row
+        self.column = column
+        self.value = value
+        self.num_rows = num_rows
+
+
+class InvalidEventsError(_InvalidRowsError):
+    """An event row breaks a rule. `row` counts from 0 over the whole input, in its given order."""
+
+    noun = "event"
+
+
+class InvalidRequestsError(_InvalidRowsError):
+    """A request row breaks a rule. `row` counts from 0 over the whole input, in its given order."""
+
+    noun = "request"
+
+
+class SourceFormatError(VlmError, ValueError):
+    """A source file does not say what its format promises. `line` counts from 1."""
+
+    def __init__(
+        self, file: str, problem: str, *, line: int | None, value: object, way_out: str
+    ) -> None:
+        at = f"{file}, line {line}" if line is not None else file
+        shown = "" if value is None else f" (value: {value!r})"
+        super().__init__(f"{at}: {problem}{shown}. {way_out}")
+        self.file = file
+        self.line = line
+        self.value = value
+
+
+class WindowError(VlmError, ValueError):
+    """A window key is not on the grid, or lies where the table cannot take it."""
+
+    def __init__(self, key: object, problem: str, way_out: str) -> None:
+        super().__init__(f"window {key!r}: {problem}. {way_out}")
+        self.key = key
+
+
+class WindowSealedError(VlmError):
+    """A window is already sealed with other content."""
+
+    def __init__(self, *, table: str, window: str, sealed: str, offered: str) -> None:
+        super().__init__(
+            f"window {window!r} of {table} is sealed with digest {sealed}, but the content offered "
+            f"now has digest {offered}. A sealed window never changes, so nothing was written. "
+            f"To keep what is sealed, do nothing. To see what it holds, run "
+            f"`vlm-dagster inspect {table} --window {window}`. To use the new content, seal it "
+            f"into a new table and point the pipeline there."
+        )
+        self.table = table
+        self.window = window
+        self.sealed = sealed
+        self.offered = offered
+
+
+class WatermarkError(VlmError, ValueError):
+    """Something lies beyond the last instant up to which the history is known to be complete."""
+
+    def __init__(
+        self, *, table: str, version: int, watermark: str, asked: str, missing: Iterable[str] = ()
+    ) -> None:
+        gaps = list(missing)
+        gap = (
+            f" Windows not sealed yet: {', '.join(gaps[:5])}{', ...' if len(gaps) > 5 else ''}."
+            if gaps
+            else ""
+        )
+        super().__init__(
+            f"{asked} lies beyond the watermark {watermark} of {table} at version {version}: the "
+            f"history there is not complete yet.{gap} Seal the missing windows (an empty one is "
+            f"sealed as empty), then use a newer snapshot."
+        )
+        self.watermark = watermark
+
+
+class TableError(VlmError):
+    """A table is missing, not ours, newer than this code, or no longer has a version."""
+
+    def __init__(self, uri: str, problem: str, way_out: str) -> None:
+        super().__init__(f"{uri}: {problem}. {way_out}")
+        self.uri = uri
+
+
+class PinError(VlmError):
+    """What a pin names is not what the table holds now: replaying it would not be exact."""
+
+    def __init__(self, what: str, *, pinned: object, found: object, way_out: str) -> None:
+        super().__init__(f"{what}: pinned {pinned}, found {found}. {way_out}")
+        self.pinned = pinned
+        self.found = found
+
+
+class CorruptFileError(VlmError):
+    """A data file of a table is missing, cut short, or not what it was when it was sealed."""
+
+    def __init__(self, *, table: str, path: str, version: int | None, problem: str) -> None:
+        at = "" if version is None else f" at version {version}"
+        super().__init__(
+            f"file {path} of {table}{at}: {problem}. Restore the file from a copy (its name is "
+            f"the SHA-256 of its bytes, so a copy proves itself), then run `vlm-dagster verify "
+            f"{table}`."
+        )
+        self.path = path
+
+
+class ChecksumError(VlmError):
+    """A rebuilt sequence is not the one its pointer was made for."""
+
+    def __init__(self, *, group: str, user_id: object, end_position: int, num_bad: int) -> None:
+        super().__init__(
+            f"feature group {group!r}, user {user_id!r}, end position {end_position}: the rebuilt "
+            f"sequence does not match the pointer's checksum ({num_bad} such pointers in this "
+            f"unit). The history is not the one the pointer was built on: run `vlm-dagster verify` "
+            f"on both tables, or rebuild the pointer dataset against the present snapshot."
+        )
+        self.group = group
+        self.user_id = user_id
+
+
+class StorageError(VlmError, OSError):
+    """Storage refused a read or a write."""
+
+    def __init__(self, uri: str, doing: str, cause: BaseException) -> None:
+        detail = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+        super().__init__(
+            f"{uri}: storage failed while {doing}: {detail}. Nothing was committed. Free space or "
+            f"repair access, then run the same command again; left-over files are swept."
+        )
+        self.uri = uri
