@@ -1,0 +1,1 @@
+"""Versioned late materialization for recommender training."""
