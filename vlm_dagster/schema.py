@@ -221,9 +221,7 @@ class Projection:
     traits: tuple[str, ...] | None = None
     max_length: int | None = None
 
-    def __init__(
-        self, traits: Sequence[str] | None = None, max_length: int | None = None
-    ) -> None:
+    def __init__(self, traits: Sequence[str] | None = None, max_length: int | None = None) -> None:
         if isinstance(traits, str):
             raise SchemaError(f"traits={traits!r} is one string", f"Write traits=[{traits!r}].")
         chosen = None if traits is None else tuple(traits)

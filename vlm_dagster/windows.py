@@ -45,7 +45,8 @@ def parse_instant(text: str) -> int:
     if moment.tzinfo is None:
         if len(text) > 10:
             raise SchemaError(
-                f"instant {text!r} has no time zone", "Write it with one, e.g. 1997-09-20T00:00:00Z."
+                f"instant {text!r} has no time zone",
+                "Write it with one, e.g. 1997-09-20T00:00:00Z.",
             )
         moment = moment.replace(tzinfo=UTC)
     delta = moment - datetime(1970, 1, 1, tzinfo=UTC)
@@ -112,7 +113,9 @@ class WindowGrid:
         try:
             moment = datetime.strptime(key, _FORMAT[self.cadence]).replace(tzinfo=UTC)
         except ValueError as error:
-            raise WindowError(key, f"no such date ({error})", f"Spell it like {example!r}.") from None
+            raise WindowError(
+                key, f"no such date ({error})", f"Spell it like {example!r}."
+            ) from None
         start = int(moment.timestamp()) * 1_000_000
         if start < 0:
             raise WindowError(key, "lies before 1970", "Times before 1970 are not supported.")

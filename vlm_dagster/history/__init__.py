@@ -1,0 +1,11 @@
+"""History tables: every event of a feature group once, in immutable, versioned windows.
+
+events -> validate.py -> (engine sorts) -> duplicates.py -> sealed files -> store.py
+snapshot.py: a table at one version   arena.py: users' histories in memory
+"""
+
+from vlm_dagster.history.arena import Histories
+from vlm_dagster.history.snapshot import Snapshot, SnapshotRef
+from vlm_dagster.history.store import HistoryStore
+
+__all__ = ["Histories", "HistoryStore", "Snapshot", "SnapshotRef"]

@@ -1,0 +1,163 @@
+"""Users' histories in memory, and how they get there from the files of many windows.
+
+An arena holds one contiguous array a trait, each user's events adjacent, oldest first. It is filled
+by arithmetic: the index in every file's footer says how many events each user has there, so the
+positions of all of them, and with those the row ranges to read, are known before a column is
+touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlm_dagster.sealed.files import SegmentReader
+
+__all__ = ["BucketIndex", "Histories", "gather"]
+
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Events of some users.
+
+    Attributes:
+        user_ids: [U], in the order asked for.
+        offsets: [U + 1]; user i's events are `[offsets[i], offsets[i + 1])` of every column,
+            oldest first.
+        columns: per trait, [offsets[-1]]; never null.
+        end_positions: [U] the position just past each user's last event here, so the first one
+            has position `end_positions[i] - (offsets[i + 1] - offsets[i])`.
+    """
+
+    user_ids: pa.Array
+    offsets: I64
+    columns: dict[str, pa.Array]
+    end_positions: I64
+
+    @property
+    def lengths(self) -> I64:
+        """[U] events of each user here."""
+        return np.diff(self.offsets)
+
+    @property
+    def num_events(self) -> int:
+        return int(self.offsets[-1])
+
+    def of(self, row: int) -> dict[str, pa.Array]:
+        """The events of the user at `row`, per trait."""
+        start, end = int(self.offsets[row]), int(self.offsets[row + 1])
+        return {name: values.slice(start, end - start) for name, values in self.columns.items()}
+
+
+def gather(values: pa.Array, starts: I64, lengths: I64) -> pa.Array:
+    """Ranges of an array, copied one after another: [sum(lengths)].
+
+    A list view's flatten is the fastest gather at hand: it copies whole ranges.
+    """
+    if len(starts) == 1:
+        return values.slice(int(starts[0]), int(lengths[0]))
+    some = lengths > 0
+    views = pa.LargeListViewArray.from_arrays(
+        pa.array(starts[some]), pa.array(lengths[some]), values
+    )
+    return views.flatten()
+
+
+def find_sorted(haystack: pa.Array, needles: pa.Array) -> I64:
+    """Where each needle stands in a sorted haystack of distinct ids, -1 if nowhere; needles are
+    sorted and distinct."""
+    if not len(haystack) or not len(needles):
+        return np.full(len(needles), -1, np.int64)
+    if pa.types.is_integer(haystack.type):
+        ids = haystack.to_numpy(zero_copy_only=False)
+        wanted = needles.to_numpy(zero_copy_only=False)
+        at = np.searchsorted(ids, wanted)
+        at[at == len(ids)] = 0
+        return np.where(ids[at] == wanted, at, -1).astype(np.int64)
+    found = pc.index_in(needles, value_set=haystack)
+    return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), np.int64)
+
+
+class BucketIndex:
+    """Where the events of some users of one bucket lie in a run of files, oldest window first.
+
+    Args:
+        readers: the bucket's files, in window order.
+        user_ids: [U] sorted and distinct.
+        schema: the types of the columns, for when there is nothing to read.
+    """
+
+    def __init__(
+        self, readers: Sequence[SegmentReader], user_ids: pa.Array, schema: pa.Schema
+    ) -> None:
+        self._readers = list(readers)
+        self._schema = schema
+        self.user_ids = user_ids
+        shape = (len(self._readers), len(user_ids))
+        self._rows = np.zeros(shape, np.int64)
+        self._counts = np.zeros(shape, np.int64)
+        for i, reader in enumerate(self._readers):
+            at = find_sorted(reader.users.user_ids, user_ids)
+            known = at >= 0
+            self._rows[i, known] = reader.users.starts[at[known]]
+            self._counts[i, known] = reader.users.counts[at[known]]
+        self._ends = np.cumsum(self._counts, axis=0)
+
+    @property
+    def num_events(self) -> I64:
+        """[U] each user's events in all of the files."""
+        if not self._readers:
+            return np.zeros(len(self.user_ids), np.int64)
+        return np.asarray(self._ends[-1])
+
+    def num_events_before(self, num_files: int) -> I64:
+        """[U] each user's events in the first so many files."""
+        if num_files == 0:
+            return np.zeros(len(self.user_ids), np.int64)
+        return np.asarray(self._ends[num_files - 1])
+
+    def read(self, columns: Sequence[str], first: I64, end: I64) -> Histories:
+        """The events at positions `[first[i], end[i])` of each user i; only files that hold
+        some of them are read.
+
+        Args:
+            columns: the columns to decode.
+            first: [U], at least 0 and at most `end`.
+            end: [U], at most `num_events`.
+        """
+        begins = self._ends - self._counts
+        low = np.clip(first[None, :] - begins, 0, self._counts)
+        high = np.clip(end[None, :] - begins, 0, self._counts)
+        sizes = high - low
+        tables: list[pa.Table] = []
+        offsets = np.zeros_like(sizes)
+        base = 0
+        for i, reader in enumerate(self._readers):
+            some = np.flatnonzero(sizes[i])
+            if not len(some):
+                continue
+            starts = self._rows[i, some] + low[i, some]
+            table, moved = reader.read_rows(columns, starts, sizes[i, some])
+            offsets[i, some] = moved + base
+            base += table.num_rows
+            tables.append(table)
+        lengths = end - first
+        bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        # User by user, and within a user file by file: that is the order of positions.
+        order_offsets, order_sizes = offsets.T.ravel(), sizes.T.ravel()
+        values: dict[str, pa.Array] = {}
+        for name in columns:
+            chunks = [chunk for table in tables for chunk in table.column(name).chunks]
+            if not chunks:
+                values[name] = pa.array([], self._schema.field(name).type)
+                continue
+            whole = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
+            values[name] = gather(whole, order_offsets, order_sizes)
+        return Histories(self.user_ids, bounds, values, end.astype(np.int64))

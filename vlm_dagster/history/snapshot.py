@@ -1,0 +1,318 @@
+"""A history table at one version: what a pin names, and what training reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlm_dagster.errors import PinError, SchemaError
+from vlm_dagster.hashing import bucket_of
+from vlm_dagster.history.arena import BucketIndex, Histories, gather
+from vlm_dagster.schema import FeatureGroup, Projection
+from vlm_dagster.sealed import SealedTable, SealedWindow, TableState, VerifyReport
+from vlm_dagster.sealed.verify import verify
+from vlm_dagster.storage import redact
+from vlm_dagster.windows import format_us
+
+__all__ = ["Snapshot", "SnapshotRef", "prefix_digest"]
+
+
+def prefix_digest(windows: Sequence[SealedWindow]) -> str:
+    """One digest of a run of windows: SHA-256 over their keys and digests, oldest first."""
+    hasher = hashlib.sha256()
+    for sealed in windows:
+        hasher.update(f"{sealed.window.key} {sealed.digest}\n".encode())
+    return hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class SnapshotRef:
+    """A pin: names a snapshot so that it can be opened again, anywhere, and be the same.
+
+    Picklable and JSON-able; holds no credentials.
+
+    Attributes:
+        uri: where the history table lies.
+        table_id: the Delta table's own id.
+        group: the feature group's name.
+        version: the Delta version.
+        watermark_us: the end of the last covered window, UTC microseconds; None if none is.
+        digest: `prefix_digest` of the covered windows.
+    """
+
+    uri: str
+    table_id: str
+    group: str
+    version: int
+    watermark_us: int | None
+    digest: str
+
+    def open(
+        self, storage_options: Mapping[str, str] | None = None, *, uri: str | None = None
+    ) -> Snapshot:
+        """Open the pinned snapshot, refusing anything that is not it.
+
+        Args:
+            uri: where the table lies now, if it was moved.
+
+        Raises:
+            TableError: the table or the version is gone.
+            PinError: what lies there is another table, or holds other content.
+        """
+        from vlm_dagster.history.store import HistoryStore
+
+        store = HistoryStore.open(uri or self.uri, storage_options=storage_options)
+        if store.table_id != self.table_id:
+            raise PinError(
+                f"history table {store.uri}",
+                pinned=f"table id {self.table_id}",
+                found=f"table id {store.table_id}",
+                way_out="The table was recreated since; restore the pinned one, or rebuild the "
+                "pointers against the new one.",
+            )
+        snapshot = store.snapshot(version=self.version)
+        if snapshot.digest != self.digest:
+            raise PinError(
+                f"history table {store.uri} at version {self.version}",
+                pinned=f"digest {self.digest}",
+                found=f"digest {snapshot.digest}",
+                way_out="Its log was altered; restore it from a copy.",
+            )
+        return snapshot
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "uri": redact(self.uri),
+            "table_id": self.table_id,
+            "group": self.group,
+            "version": self.version,
+            "watermark_us": self.watermark_us,
+            "digest": self.digest,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> SnapshotRef:
+        return cls(
+            uri=value["uri"],
+            table_id=value["table_id"],
+            group=value["group"],
+            version=value["version"],
+            watermark_us=value["watermark_us"],
+            digest=value["digest"],
+        )
+
+    def __str__(self) -> str:
+        mark = "nothing" if self.watermark_us is None else format_us(self.watermark_us)
+        return f"{self.group} version {self.version} (complete up to {mark})"
+
+
+class Snapshot:
+    """A history table at one version, complete up to its watermark. Get one from `HistoryStore`."""
+
+    def __init__(self, table: SealedTable, group: FeatureGroup, state: TableState) -> None:
+        self._table = table
+        self._state = state
+        self.group = group
+        self._covered = state.covered
+        self._segments = [sealed.window.segment for sealed in self._covered]
+        self._digest: str | None = None
+
+    @property
+    def uri(self) -> str:
+        return self._table.uri
+
+    @property
+    def version(self) -> int:
+        return self._state.version
+
+    @property
+    def num_buckets(self) -> int:
+        return self._table.spec.num_buckets
+
+    @property
+    def windows(self) -> list[SealedWindow]:
+        """The windows that the watermark covers, oldest first: what this snapshot shows."""
+        return list(self._covered)
+
+    @property
+    def watermark_us(self) -> int | None:
+        """The end of the last window up to which none is missing, UTC microseconds."""
+        return self._state.watermark_us
+
+    @property
+    def watermark(self) -> str | None:
+        """`watermark_us` as ISO 8601."""
+        return None if self.watermark_us is None else format_us(self.watermark_us)
+
+    @property
+    def num_events(self) -> int:
+        return sum(sealed.num_events for sealed in self._covered)
+
+    @property
+    def digest(self) -> str:
+        """One digest of all that this snapshot shows."""
+        if self._digest is None:
+            self._digest = prefix_digest(self._covered)
+        return self._digest
+
+    def digest_at(self, watermark_us: int | None) -> str:
+        """The digest of only what lies before an earlier watermark."""
+        if watermark_us is None:
+            return prefix_digest([])
+        return prefix_digest([s for s in self._covered if s.window.end_us <= watermark_us])
+
+    def ref(self) -> SnapshotRef:
+        """The pin that names this snapshot."""
+        return SnapshotRef(
+            uri=self.uri,
+            table_id=self._table.table_id,
+            group=self.group.name,
+            version=self.version,
+            watermark_us=self.watermark_us,
+            digest=self.digest,
+        )
+
+    def covers(self, time_us: int) -> bool:
+        """Whether the history before this instant is complete."""
+        mark = self.watermark_us
+        return mark is not None and time_us <= mark
+
+    def files(self) -> pa.Table:
+        """The files behind this snapshot: path, segment, bucket, num_rows, size_bytes."""
+        files = self._table.files(self.version)
+        return files.filter(pc.is_in(files["segment"], pa.array(self._segments, pa.string())))
+
+    def verify(
+        self,
+        *,
+        windows: Collection[str] | None = None,
+        deep: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> VerifyReport:
+        """Check that the files are what was sealed; see `vlm_dagster.sealed.verify`."""
+        return verify(self._table, self.version, windows=windows, deep=deep, progress=progress)
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def bucket_index(self, bucket: int, user_ids: pa.Array) -> BucketIndex:
+        """Where events of these users (sorted, distinct, all of this bucket) lie."""
+        paths = self._table.paths(self.version, bucket, self._segments)
+        readers = [self._table.reader(path, self.version) for path in paths]
+        return BucketIndex(readers, user_ids, self.group.event_schema)
+
+    def windows_of_bucket(self, bucket: int) -> list[SealedWindow]:
+        """The window of each file of a bucket, in the order that `bucket_index` uses."""
+        files = self._table.files(self.version)
+        mine = files.filter(pc.equal(files["bucket"], bucket))["segment"].to_pylist()
+        count = {segment: mine.count(segment) for segment in set(mine)}
+        return [s for s in self._covered for _ in range(count.get(s.window.segment, 0))]
+
+    def count(self, user_ids: Sequence[Any] | pa.Array) -> npt.NDArray[np.int64]:
+        """[U] the number of events of each user, which is their end position; 0 if unknown."""
+        return self.read(user_ids, Projection(traits=[], max_length=0)).end_positions
+
+    def read(
+        self, user_ids: Sequence[Any] | pa.Array, projection: Projection | None = None
+    ) -> Histories:
+        """The newest `projection.max_length` events of some users, oldest first.
+
+        Args:
+            user_ids: [U], any order, repeats allowed; an unknown user has an empty history.
+            projection: which traits, and how many newest events; all of both if None.
+
+        Raises:
+            SchemaError: the projection names a trait that the group does not have.
+            CorruptFileError: a file is missing or damaged.
+        """
+        projection = projection or Projection()
+        columns = projection.columns(self.group)
+        asked = _user_array(user_ids, self.group)
+        distinct = asked.unique().sort() if len(asked) else asked
+        buckets = bucket_of(distinct, self.num_buckets)
+        schema = self.group.event_schema
+        parts: list[Histories] = []
+        for bucket in np.unique(buckets):
+            users = distinct.filter(pa.array(buckets == bucket))
+            index = self.bucket_index(int(bucket), users)
+            end = index.num_events
+            first = (
+                np.zeros_like(end)
+                if projection.max_length is None
+                else np.maximum(end - projection.max_length, 0)
+            )
+            parts.append(index.read(columns, first, end))
+        return _in_order(asked, parts, columns, schema)
+
+    def column_chunks(self, column: str) -> Iterator[pa.Array]:
+        """All values of one column, a file at a time, windows in order."""
+        if column not in self.group.event_schema.names:
+            self.group.trait(column)
+        by_segment: dict[str, list[str]] = {}
+        files = self.files()
+        for segment, path in zip(
+            files["segment"].to_pylist(), files["path"].to_pylist(), strict=True
+        ):
+            by_segment.setdefault(segment, []).append(path)
+        for segment in self._segments:
+            for path in by_segment.get(segment, []):
+                table = self._table.reader(path, self.version).read_groups([column])
+                yield from table.column(column).chunks
+
+    def user_ids(self) -> pa.Array:
+        """Every user with an event here, sorted."""
+        found = [
+            self._table.reader(path, self.version).users.user_ids
+            for path in self.files()["path"].to_pylist()
+        ]
+        if not found:
+            return pa.array([], self.group.user_id)
+        return pa.concat_arrays(found).unique().sort()
+
+
+def _user_array(user_ids: Sequence[Any] | pa.Array, group: FeatureGroup) -> pa.Array:
+    if isinstance(user_ids, pa.ChunkedArray):
+        user_ids = user_ids.combine_chunks()
+    try:
+        array = (
+            user_ids.cast(group.user_id)
+            if isinstance(user_ids, pa.Array)
+            else pa.array(user_ids, group.user_id)
+        )
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise SchemaError(
+            f"user ids of feature group {group.name!r} are {group.user_id} ({error})",
+            "Give ids of that type.",
+        ) from None
+    if array.null_count:
+        raise SchemaError("a user id is null", "Give ids only.")
+    return array
+
+
+def _in_order(
+    asked: pa.Array, parts: list[Histories], columns: Sequence[str], schema: pa.Schema
+) -> Histories:
+    """Lay the users of all buckets out as they were asked for."""
+    if not parts:  # nobody was asked for
+        values = {name: pa.array([], schema.field(name).type) for name in columns}
+        return Histories(asked, np.zeros(1, np.int64), values, np.zeros(0, np.int64))
+    users = pa.concat_arrays([part.user_ids for part in parts])
+    bases = np.cumsum([0, *(part.num_events for part in parts[:-1])])
+    starts = np.concatenate(
+        [part.offsets[:-1] + base for part, base in zip(parts, bases, strict=True)]
+    )
+    lengths = np.concatenate([part.lengths for part in parts])
+    ends = np.concatenate([part.end_positions for part in parts])
+    rows = pc.index_in(asked, value_set=users).to_numpy(zero_copy_only=False)
+    offsets = np.concatenate([[0], np.cumsum(lengths[rows])]).astype(np.int64)
+    values = {}
+    for name in columns:
+        whole = pa.concat_arrays([part.columns[name] for part in parts])
+        values[name] = gather(whole, starts[rows], lengths[rows])
+    return Histories(asked, offsets, values, ends[rows])

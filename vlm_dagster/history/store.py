@@ -1,0 +1,203 @@
+"""The history table of one feature group: create it, seal windows into it, take snapshots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vlm_dagster.engines import Engine
+from vlm_dagster.engines.local import LocalEngine
+from vlm_dagster.errors import SchemaError
+from vlm_dagster.history.snapshot import Snapshot
+from vlm_dagster.history.validate import validated_events
+from vlm_dagster.schema import FeatureGroup
+from vlm_dagster.sealed import Sealed, SealedTable, StagedWindow, TableSpec
+from vlm_dagster.sealed.duplicates import DuplicateFilter
+from vlm_dagster.sealed.incoming import Rows
+from vlm_dagster.sealed.sweep import DEFAULT_GRACE_S, sweep
+from vlm_dagster.storage import FileInfo
+from vlm_dagster.windows import Cadence, Window, WindowGrid
+
+__all__ = ["HistoryStore"]
+
+Progress = Callable[[int], None]
+
+
+class HistoryStore:
+    """Every event of one feature group, stored once, in immutable windows.
+
+    A store is safe to share between threads and cheap to open; processes open their own.
+    """
+
+    def __init__(self, table: SealedTable, group: FeatureGroup, engine: Engine | None = None):
+        self._table = table
+        self.group = group
+        self._engine: Engine = engine or LocalEngine()
+
+    @classmethod
+    def create(
+        cls,
+        uri: str | os.PathLike[str],
+        group: FeatureGroup,
+        num_buckets: int = 16,
+        *,
+        windows: Cadence = "daily",
+        start: str | None = None,
+        storage_options: Mapping[str, str] | None = None,
+        engine: Engine | None = None,
+    ) -> HistoryStore:
+        """Create the table, or open it if it is there already with the same declaration.
+
+        Args:
+            uri: a folder or an object-store URL.
+            num_buckets: hash buckets of users; fixed for the table's life. Aim at files of
+                some 100 MB for the largest windows after compaction.
+            windows: the length of a window.
+            start: the key of the first window. None: the first window sealed is the first, and
+                none before it can be added.
+            storage_options: as deltalake takes them; never stored, never shown.
+
+        Raises:
+            TableError: something else lies there, or the table was declared otherwise.
+        """
+        check_num_buckets(num_buckets)
+        spec = _spec(group, num_buckets, WindowGrid(windows), start)
+        return cls(SealedTable.create(os.fspath(uri), spec, storage_options), group, engine)
+
+    @classmethod
+    def open(
+        cls,
+        uri: str | os.PathLike[str],
+        *,
+        storage_options: Mapping[str, str] | None = None,
+        engine: Engine | None = None,
+    ) -> HistoryStore:
+        """Open an existing history table.
+
+        Raises:
+            TableError: there is none, it is not a history table, or it is newer than this code.
+        """
+        table = SealedTable.open(os.fspath(uri), "history", _revive, storage_options)
+        return cls(table, FeatureGroup.from_json(table.spec.details["group"]), engine)
+
+    def __repr__(self) -> str:
+        return f"HistoryStore({self.uri!r}, {self.group.name!r})"
+
+    @property
+    def uri(self) -> str:
+        return self._table.uri
+
+    @property
+    def table_id(self) -> str:
+        return self._table.table_id
+
+    @property
+    def num_buckets(self) -> int:
+        return self._table.spec.num_buckets
+
+    @property
+    def grid(self) -> WindowGrid:
+        return self._table.spec.grid
+
+    # -- sealing ------------------------------------------------------------------------------
+
+    def seal(
+        self, window: str | Window, events: Rows, *, progress: Progress | None = None
+    ) -> Sealed:
+        """Store the events of one window, all of them at once, forever.
+
+        Sealing the same content again changes nothing and says `reused`. An empty input seals
+        an empty window.
+
+        Args:
+            window: its key, e.g. "1997-09-20".
+            events: Arrow table, stream of batches, or Parquet path(s), in any order.
+            progress: called with the number of rows read, as they are.
+
+        Raises:
+            WindowSealedError: the window is sealed with other content.
+            SchemaError, InvalidEventsError: the events do not fit; nothing was written.
+        """
+        return self.commit(self.stage(window, events, progress=progress))
+
+    def stage(
+        self, window: str | Window, events: Rows, *, progress: Progress | None = None
+    ) -> StagedWindow:
+        """The first half of `seal`: check, sort and write files that nobody sees yet."""
+        state = self._table.state()
+        checked = self._table.check_window(window, state)
+        schema = self.group.event_schema
+        rows = validated_events(self.group, self.grid, checked, self.num_buckets, events, progress)
+        duplicates = DuplicateFilter("event_id", self.group.duplicates)
+        return self._table.stage(
+            checked,
+            state,
+            rows,
+            schema,
+            engine=self._engine,
+            finish=duplicates,
+            facts={},
+            counts=lambda: {"num_duplicates": duplicates.num_duplicates},
+        )
+
+    def commit(self, staged: StagedWindow) -> Sealed:
+        """The second half of `seal`: make a staged window visible, at most once."""
+        return self._table.commit(staged)
+
+    # -- versions -----------------------------------------------------------------------------
+
+    def snapshot(self, version: int | None = None) -> Snapshot:
+        """The table at a version; None means the newest now, whose number is then fixed.
+
+        Raises:
+            TableError: the version cannot be opened.
+        """
+        return Snapshot(self._table, self.group, self._table.state(version))
+
+    def version_sealing(self, window: str | Window) -> int:
+        """The version that sealed a window."""
+        return self._table.version_sealing(self.grid.parse(window))
+
+    def version_covering(self, window: str | Window) -> int:
+        """The first version whose watermark covers a window; it never changes once there is one.
+
+        Raises:
+            WatermarkError: an earlier window, or this one, is not sealed yet.
+        """
+        return self._table.version_covering(self.grid.parse(window))
+
+    def sweep(
+        self, *, older_than_s: float = DEFAULT_GRACE_S, dry_run: bool = True
+    ) -> list[FileInfo]:
+        """Left-over files of killed processes; deleted unless `dry_run`. See `sealed.sweep`."""
+        return sweep(self._table, older_than_s=older_than_s, dry_run=dry_run)
+
+
+def check_num_buckets(num_buckets: int) -> None:
+    if isinstance(num_buckets, bool) or not isinstance(num_buckets, int) or num_buckets < 1:
+        raise SchemaError(f"num_buckets={num_buckets!r}", "Use an integer of 1 or more.")
+    if num_buckets > 65_536:
+        raise SchemaError(f"num_buckets={num_buckets!r} is too many", "Use at most 65,536.")
+
+
+def _spec(group: FeatureGroup, num_buckets: int, grid: WindowGrid, start: str | None) -> TableSpec:
+    return TableSpec(
+        kind="history",
+        name=group.name,
+        columns=group.event_schema,
+        sort_columns=("user_id", "available_at", "event_id"),
+        num_buckets=num_buckets,
+        grid=grid,
+        start=None if start is None else grid.parse(start),
+        details={"group": group.to_json()},
+    )
+
+
+def _revive(declared: dict[str, Any]) -> TableSpec:
+    return _spec(
+        FeatureGroup.from_json(declared["group"]),
+        declared["num_buckets"],
+        WindowGrid(declared["windows"]),
+        declared["start"],
+    )

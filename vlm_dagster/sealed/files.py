@@ -1,0 +1,325 @@
+"""The segment file: Parquet, sorted by user and time, with an index of its users in the footer.
+
+Layout: rows sorted by (user, time, id), row groups of 65,536 rows, one codec, encodings chosen by type. Two
+entries of the footer's key-value metadata are ours:
+
+- `vlm.segment`: JSON; the format's version, the window, its bucket, the digest of this file's rows.
+- `vlm.users`: the distinct users in order and how many rows each has: base64 of a
+  zstd-compressed Arrow IPC stream (base64, because other readers insist on UTF-8 there).
+
+A file's name is the SHA-256 of its bytes, so writing it twice is harmless, and a copy proves itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vlm_dagster.errors import CorruptFileError, TableError
+from vlm_dagster.hashing import Digest, digest_rows, run_lengths
+from vlm_dagster.storage import Storage
+
+__all__ = ["FILE_FORMAT", "SegmentReader", "SegmentWriter", "StagedFile", "UserIndex", "sha256_of"]
+
+FILE_FORMAT = 1
+ROW_GROUP_ROWS = 65_536
+CODEC = "lz4"
+_HEADER_KEY = b"vlm.segment"
+_USERS_KEY = b"vlm.users"
+
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """A data file in place but not committed. `stats` is the Delta statistics JSON."""
+
+    path: str
+    size: int
+    bucket: int
+    num_rows: int
+    stats: str
+
+
+@dataclass(frozen=True)
+class UserIndex:
+    """Which rows of a file are whose: `user_ids` [U] ascending; user i has rows
+    `[starts[i], starts[i] + counts[i])`, oldest first."""
+
+    user_ids: pa.Array
+    counts: I64
+    starts: I64
+
+    @classmethod
+    def of(cls, user_ids: pa.Array, counts: I64) -> UserIndex:
+        return cls(user_ids, counts, np.cumsum(counts) - counts)
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.user_ids.nbytes) + 2 * self.counts.nbytes
+
+
+def _encodings(schema: pa.Schema) -> dict[str, Any]:
+    delta = [
+        f.name
+        for f in schema
+        if pa.types.is_timestamp(f.type) or f.type in (pa.int32(), pa.int64())
+    ]
+    # Event ids differ in every row: a dictionary of them only costs.
+    plain = ["event_id", "example_id", *(f.name for f in schema if f.type == pa.bool_())]
+    return {
+        "use_dictionary": [f.name for f in schema if f.name not in (*delta, *plain)],
+        "column_encoding": dict.fromkeys(delta, "DELTA_BINARY_PACKED"),
+    }
+
+
+def _encode_users(user_ids: pa.Array, counts: I64) -> bytes:
+    batch = pa.record_batch(
+        [user_ids, pa.array(counts, pa.uint32())], names=["user_id", "num_rows"]
+    )
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(
+        sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as writer:
+        writer.write_batch(batch)
+    return base64.b64encode(sink.getvalue())
+
+
+def _decode_users(raw: bytes) -> UserIndex:
+    table = pa.ipc.open_stream(base64.b64decode(raw)).read_all()
+    users = table.column("user_id").combine_chunks()
+    if isinstance(users, pa.ChunkedArray):
+        users = pa.concat_arrays(users.chunks) if users.num_chunks else pa.array([], users.type)
+    return UserIndex.of(users, table.column("num_rows").to_numpy().astype(np.int64))
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a local file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class SegmentWriter:
+    """Writes one file from chunks of rows that arrive sorted.
+
+    Args:
+        local: where to write; the caller moves it into place.
+        schema: the columns, without the partition columns.
+        header: what `vlm.segment` says beside the format, the digest and the counts.
+        sort_columns: the columns that the rows are sorted by.
+    """
+
+    def __init__(
+        self, local: Path, schema: pa.Schema, header: dict[str, Any], sort_columns: Sequence[str]
+    ) -> None:
+        self._local = local
+        self._schema = schema
+        self._header = header
+        self._time = sort_columns[1]
+        self._pending: list[pa.RecordBatch] = []
+        self._num_pending = 0
+        self._users: list[pa.Array] = []
+        self._counts: list[I64] = []
+        self._time_range: tuple[int, int] | None = None
+        self.num_rows = 0
+        self.digest = Digest()
+        self._writer = pq.ParquetWriter(
+            local,
+            schema,
+            compression=CODEC,
+            version="2.6",
+            data_page_version="1.0",
+            write_statistics=True,
+            write_page_index=True,
+            sorting_columns=[
+                pq.SortingColumn(schema.get_field_index(name)) for name in sort_columns
+            ],
+            store_schema=False,
+            **_encodings(schema),
+        )
+
+    def write(self, rows: pa.RecordBatch) -> None:
+        """Append rows. A user's rows may be spread over consecutive calls."""
+        rows = rows.select(self._schema.names)
+        self.digest = self.digest + digest_rows(rows)
+        self.num_rows += rows.num_rows
+        users, counts = run_lengths(rows.column("user_id"))
+        if self._users and len(users) and self._users[-1][-1] == users[0]:
+            self._counts[-1][-1] += counts[0]
+            users, counts = users[1:], counts[1:]
+        if len(users):
+            self._users.append(users)
+            self._counts.append(counts)
+        extremes = pc.min_max(rows.column(self._time).cast(pa.int64())).as_py()
+        low, high = self._time_range or (extremes["min"], extremes["max"])
+        self._time_range = (min(low, extremes["min"]), max(high, extremes["max"]))
+        self._pending.append(rows)
+        self._num_pending += rows.num_rows
+        if self._num_pending >= ROW_GROUP_ROWS:
+            self._flush(final=False)
+
+    def _flush(self, final: bool) -> None:
+        if not self._num_pending:
+            return
+        table = pa.Table.from_batches(self._pending).cast(self._schema)
+        whole = table.num_rows if final else table.num_rows // ROW_GROUP_ROWS * ROW_GROUP_ROWS
+        self._writer.write_table(table.slice(0, whole), row_group_size=ROW_GROUP_ROWS)
+        rest = table.slice(whole)
+        self._pending = rest.to_batches()
+        self._num_pending = rest.num_rows
+
+    @property
+    def num_users(self) -> int:
+        return sum(len(users) for users in self._users)
+
+    def close(self) -> str:
+        """Finish the file; returns its Delta statistics."""
+        self._flush(final=True)
+        users = (
+            pa.concat_arrays(self._users)
+            if self._users
+            else pa.array([], self._schema.field("user_id").type)
+        )
+        counts = np.concatenate(self._counts) if self._counts else np.zeros(0, np.int64)
+        header = {
+            **self._header,
+            "format": FILE_FORMAT,
+            "num_rows": self.num_rows,
+            "num_users": len(users),
+            "digest": str(self.digest),
+        }
+        self._writer.add_key_value_metadata(
+            {
+                _HEADER_KEY: json.dumps(header, sort_keys=True).encode(),
+                _USERS_KEY: _encode_users(users, counts),
+            }
+        )
+        self._writer.close()
+        return self._stats(users)
+
+    def abandon(self) -> None:
+        """Close the handle of a file that will be thrown away."""
+        self._writer.close()
+
+    def _stats(self, users: pa.Array) -> str:
+        low: dict[str, object] = {}
+        high: dict[str, object] = {}
+        if len(users):
+            low["user_id"], high["user_id"] = users[0].as_py(), users[-1].as_py()
+            assert self._time_range is not None
+            # Delta keeps statistics of times in whole milliseconds: round outwards.
+            low[self._time] = _iso_ms(self._time_range[0] // 1000)
+            high[self._time] = _iso_ms(-(-self._time_range[1] // 1000))
+        if any(
+            isinstance(value, str) and len(value) > 64 for value in (*low.values(), *high.values())
+        ):
+            del low["user_id"], high["user_id"]
+        nulls = dict.fromkeys(self._schema.names, 0)
+        return json.dumps(
+            {"numRecords": self.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls}
+        )
+
+
+def _iso_ms(time_ms: int) -> str:
+    text = str(np.datetime64(time_ms, "ms"))
+    return f"{text}Z"
+
+
+class SegmentReader:
+    """Reads one committed file. Safe to share between threads: every read opens its own handle.
+
+    Raises CorruptFileError, which names the file, when it is missing, cut short or not ours.
+    """
+
+    def __init__(self, storage: Storage, path: str, version: int | None = None) -> None:
+        self._storage = storage
+        self.path = path
+        self._version = version
+        try:
+            with storage.open_input(path) as source:
+                self._metadata = pq.read_metadata(source)
+        except FileNotFoundError:
+            raise self._corrupt("is missing") from None
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
+            raise self._corrupt(f"cannot be read as Parquet ({error})") from error
+        pairs = self._metadata.metadata or {}
+        if _HEADER_KEY not in pairs or _USERS_KEY not in pairs:
+            raise self._corrupt(
+                "has no index of its users, so another writer must have rewritten the table"
+            )
+        self.header: dict[str, Any] = json.loads(pairs[_HEADER_KEY])
+        if self.header["format"] > FILE_FORMAT:
+            raise TableError(
+                storage.uri,
+                f"file {path} has format {self.header['format']}, newer than this code's {FILE_FORMAT}",
+                "Upgrade vlm-dagster.",
+            )
+        self.users = _decode_users(pairs[_USERS_KEY])
+        sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+        self._group_ends = np.cumsum(np.asarray(sizes, np.int64))
+
+    def _corrupt(self, problem: str) -> CorruptFileError:
+        return CorruptFileError(
+            table=self._storage.uri, path=self.path, version=self._version, problem=problem
+        )
+
+    @property
+    def digest(self) -> Digest:
+        return Digest.parse(self.header["digest"])
+
+    @property
+    def num_bytes(self) -> int:
+        """What this object holds in memory, roughly."""
+        return self.users.num_bytes + int(self._metadata.serialized_size)
+
+    def read_rows(self, columns: Sequence[str], starts: I64, counts: I64) -> tuple[pa.Table, I64]:
+        """Read row ranges.
+
+        Args:
+            columns: the columns to read; no other one is decoded.
+            starts: [R] first row of each range, in ascending order.
+            counts: [R] rows of each range.
+
+        Returns:
+            A table of the row groups that the ranges touch, and [R] where each range begins in it.
+        """
+        wanted = counts > 0
+        first = np.searchsorted(self._group_ends, starts[wanted], side="right")
+        last = np.searchsorted(self._group_ends, starts[wanted] + counts[wanted] - 1, side="right")
+        touched = np.zeros(len(self._group_ends) + 1, np.int64)
+        np.add.at(touched, first, 1)
+        np.add.at(touched, last + 1, -1)
+        chosen = np.cumsum(touched[:-1]) > 0
+        sizes = np.diff(self._group_ends, prepend=0)
+        skipped = np.cumsum(np.where(chosen, 0, sizes))
+        table = self.read_groups(columns, np.flatnonzero(chosen).tolist())
+        group_of = np.searchsorted(self._group_ends, starts, side="right")
+        group_of = np.minimum(group_of, max(len(sizes) - 1, 0))
+        moved = starts - (skipped[group_of] if len(sizes) else 0)
+        return table, np.where(wanted, moved, 0)
+
+    def read_groups(self, columns: Sequence[str], groups: list[int] | None = None) -> pa.Table:
+        """Read whole row groups (all by default), these columns only, in the order asked for."""
+        try:
+            with self._storage.open_input(self.path) as source:
+                file = pq.ParquetFile(source, metadata=self._metadata, pre_buffer=False)
+                if groups is None:
+                    groups = list(range(self._metadata.num_row_groups))
+                return file.read_row_groups(
+                    groups, columns=list(columns), use_threads=False
+                ).select(list(columns))
+        except FileNotFoundError:
+            raise self._corrupt("is missing") from None
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
+            raise self._corrupt(f"cannot be read ({error})") from error

@@ -1,0 +1,178 @@
+"""What is sealed, read from the application transactions of a Delta log.
+
+deltalake answers for one application id at a time, each time from the log; a table with a thousand
+windows needs them all, at any version. So this reads the `txn` actions itself: those of the newest
+checkpoint at or before the version, then those of the commits since. They survive checkpoints and log
+cleanup, as `history()` does not.
+
+Ids (`SEG` is the window's key as a partition value):
+
+- `vlm.window/SEG`: the lock of a window; its version is the revision, 1 when first sealed.
+- `vlm.facts/SEG/REVISION/JSON`: what was sealed: key, digest, counts, and a pointer window's pins.
+- `vlm.start`: the index of the first window, where it was not declared at creation.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from vlm_dagster.hashing import Digest
+from vlm_dagster.storage import Storage
+from vlm_dagster.windows import Window, WindowGrid
+
+__all__ = ["LogReader", "SealedWindow", "TableState", "facts_id", "lock_id"]
+
+START_ID = "vlm.start"
+_COMMIT = re.compile(r"_delta_log/(\d{20})\.json")
+_CHECKPOINT = re.compile(r"_delta_log/(\d{20})\.checkpoint(?:\.[^/]+)?\.parquet")
+
+
+def lock_id(window: Window) -> str:
+    return f"vlm.window/{window.segment}"
+
+
+def facts_id(window: Window, revision: int, facts: dict[str, Any]) -> str:
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return f"vlm.facts/{window.segment}/{revision}/{text}"
+
+
+@dataclass(frozen=True)
+class SealedWindow:
+    """A window as sealed: the digest of its rows, how many, and what else was recorded."""
+
+    window: Window
+    digest: str
+    num_rows: int
+    facts: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+    @property
+    def num_events(self) -> int:
+        return self.num_rows
+
+
+@dataclass(frozen=True)
+class TableState:
+    """What is sealed at a version, by window index. `start` is the first window that counts."""
+
+    version: int
+    grid: WindowGrid
+    start: int | None
+    sealed: dict[int, SealedWindow]
+
+    @cached_property
+    def covered(self) -> list[SealedWindow]:
+        """The sealed windows from the start up to the first gap, oldest first."""
+        found: list[SealedWindow] = []
+        index = self.start
+        while index is not None and index in self.sealed:
+            found.append(self.sealed[index])
+            index += 1
+        return found
+
+    @property
+    def watermark_us(self) -> int | None:
+        """The end of the last covered window; where nothing is covered, the start; None if
+        there is no start either."""
+        if self.covered:
+            return self.covered[-1].window.end_us
+        return None if self.start is None else self.grid.at(self.start).start_us
+
+    def missing_through(self, window: Window) -> list[Window]:
+        """The windows from the start through `window` that are not sealed."""
+        if self.start is None:
+            return [window]
+        indices = range(self.start, window.index + 1)
+        return [self.grid.at(i) for i in indices if i not in self.sealed]
+
+    def covers(self, window: Window) -> bool:
+        return (
+            self.start is not None
+            and self.start <= window.index
+            and window.index < self.start + len(self.covered)
+        )
+
+
+class LogReader:
+    """Reads the application transactions of one table, remembering what it has read.
+
+    Commits never change, so what was read once stays true for this table (not for another one
+    created later at the same place: make a new reader then).
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._known: tuple[int, dict[str, int]] = (-1, {})
+        self._lock = threading.Lock()
+
+    def transactions(self, version: int) -> dict[str, int]:
+        """Application id -> version, as of a table version."""
+        with self._lock:
+            known_version, known = self._known
+        if known_version > version or known_version < 0:
+            known_version, known = self._from_checkpoint(version)
+        found = dict(known)
+        for commit in range(known_version + 1, version + 1):
+            found.update(self.commit(commit))
+        with self._lock:
+            if version >= self._known[0]:
+                self._known = (version, found)
+        return dict(found)
+
+    def commit(self, version: int) -> dict[str, int]:
+        """The application transactions of one commit. FileNotFoundError if there is none."""
+        raw = self._storage.read_bytes(f"_delta_log/{version:020d}.json")
+        actions = (json.loads(line) for line in raw.splitlines() if line.startswith(b'{"txn"'))
+        return {a["txn"]["appId"]: a["txn"]["version"] for a in actions}
+
+    def commits_after(self, version: int) -> Iterator[tuple[int, dict[str, int]]]:
+        """The commits after a version, oldest first, as far as there are any."""
+        while True:
+            version += 1
+            try:
+                found = self.commit(version)
+            except FileNotFoundError:
+                return
+            yield version, found
+
+    def _from_checkpoint(self, version: int) -> tuple[int, dict[str, int]]:
+        parts: dict[int, list[str]] = {}
+        for info in self._storage.list("_delta_log"):
+            match = _CHECKPOINT.fullmatch(info.path)
+            if match and int(match[1]) <= version:
+                parts.setdefault(int(match[1]), []).append(info.path)
+        if not parts:
+            return -1, {}
+        newest = max(parts)
+        found: dict[str, int] = {}
+        for path in parts[newest]:
+            with self._storage.open_input(path) as source:
+                table = pq.read_table(source, columns=["txn.appId", "txn.version"])
+            for action in table.column("txn").drop_null().to_pylist():
+                if action["appId"] is not None:
+                    found[action["appId"]] = action["version"]
+        return newest, found
+
+    def state(self, version: int, grid: WindowGrid, start: int | None) -> TableState:
+        """What is sealed at a version. `start` is the declared first window, if any."""
+        transactions = self.transactions(version)
+        start = transactions.get(START_ID, start) if start is None else start
+        sealed: dict[int, SealedWindow] = {}
+        for app_id in transactions:
+            if not app_id.startswith("vlm.facts/"):
+                continue
+            _, segment, revision, text = app_id.split("/", 3)
+            if transactions.get(f"vlm.window/{segment}") != int(revision):
+                continue  # superseded
+            facts = json.loads(text)
+            window = grid.parse(facts["key"])
+            digest = Digest.parse(facts["digest"])
+            sealed[window.index] = SealedWindow(window, str(digest), digest.num_rows, facts)
+        return TableState(version, grid, start, sealed)

@@ -1,0 +1,216 @@
+"""Where a table's files lie: a local folder, or an object store through obstore (optional extra).
+
+Paths handed to a `Storage` are relative to the table's root and use forward slashes. Data files
+arrive whole: they are written to a local scratch file first, then put in place in one step, so
+nobody ever sees half a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import pyarrow as pa
+
+from vlm_dagster.errors import StorageError, TableError
+
+__all__ = ["STAGING", "FileInfo", "Storage", "normalize_uri", "open_storage", "redact"]
+
+# Delta ignores folders that begin with an underscore, so scratch files there are never data.
+STAGING = "_staging"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file: its path relative to the table, size in bytes, and last change in UTC seconds."""
+
+    path: str
+    size: int
+    modified_s: float
+
+
+def redact(uri: str) -> str:
+    """The URI without user info, query and fragment, which may carry credentials."""
+    if "://" not in uri:
+        return uri
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def normalize_uri(uri: str | os.PathLike[str]) -> str:
+    """An absolute local path, or a URL without a trailing slash."""
+    text = os.fspath(uri)
+    if text.startswith("file://"):
+        text = unquote(urlsplit(text).path)
+    if "://" in text:
+        if urlsplit(text).password or urlsplit(text).query:
+            raise TableError(
+                redact(text),
+                "the address carries credentials",
+                "Pass them as storage_options, which are never stored or shown.",
+            )
+        return text.rstrip("/")
+    if not text or re.search(r"[\x00\n]", text):
+        raise TableError(repr(text), "not a path", "Give a folder or a URL.")
+    return str(Path(text).absolute())
+
+
+class Storage(Protocol):
+    """What the tables need of a place for files."""
+
+    @property
+    def uri(self) -> str: ...
+    def open_input(self, path: str) -> Any:
+        """A random-access pyarrow file. FileNotFoundError when there is none."""
+        ...
+
+    def read_bytes(self, path: str) -> bytes: ...
+    def size(self, path: str) -> int | None:
+        """Bytes, or None when there is no such file."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[FileInfo]:
+        """Every file below `prefix`, in no order."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Remove one file; fine if it is gone already."""
+        ...
+
+    def scratch(self) -> contextlib.AbstractContextManager[Path]:
+        """A fresh local folder, removed at the end, from which `put` is cheap."""
+        ...
+
+    def put(self, local: Path, path: str) -> None:
+        """Move a finished local file into place, durably and in one step."""
+        ...
+
+
+class LocalStorage:
+    """A folder of this machine (or a mount)."""
+
+    def __init__(self, root: str) -> None:
+        self.uri = root
+        self._root = Path(root)
+
+    def open_input(self, path: str) -> Any:
+        return pa.memory_map(str(self._root / path), "r")
+
+    def read_bytes(self, path: str) -> bytes:
+        return (self._root / path).read_bytes()
+
+    def size(self, path: str) -> int | None:
+        try:
+            return (self._root / path).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def list(self, prefix: str = "") -> Iterator[FileInfo]:
+        for folder, _, names in os.walk(self._root / prefix):
+            for name in names:
+                full = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    stat = full.stat()
+                    relative = full.relative_to(self._root).as_posix()
+                    yield FileInfo(relative, stat.st_size, stat.st_mtime)
+
+    def delete(self, path: str) -> None:
+        (self._root / path).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        folder = self._root / STAGING / uuid.uuid4().hex
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def put(self, local: Path, path: str) -> None:
+        target = self._root / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with local.open("rb") as file:
+                os.fsync(file.fileno())
+            # Replacing is harmless: the name is the hash of the bytes.
+            local.replace(target)
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise StorageError(self.uri, f"writing {path}", error) from error
+
+
+class ObjectStorage:
+    """An object store (S3, GCS, Azure, ...) through obstore, with deltalake's own options."""
+
+    def __init__(self, uri: str, options: Mapping[str, str]) -> None:
+        try:
+            from obstore import store as stores
+        except ImportError:
+            raise TableError(
+                uri, "reading object stores needs obstore", "Install vlm-dagster[remote]."
+            ) from None
+        self.uri = uri
+        # Options that are deltalake's own, or the HTTP client's, are not the store's.
+        known = {key.lower(): value for key, value in options.items()}
+        known.pop("aws_conditional_put", None)
+        known.pop("aws_s3_allow_unsafe_rename", None)
+        plain_http = known.pop("allow_http", None) or known.pop("aws_allow_http", None)
+        client = {"allow_http": True} if str(plain_http).lower() in ("1", "true", "yes") else None
+        from_url: Any = stores.from_url
+        self._store: Any = from_url(uri, config=known, client_options=client)
+
+    def open_input(self, path: str) -> Any:
+        import obstore
+
+        return pa.PythonFile(obstore.open_reader(self._store, path), mode="r")
+
+    def read_bytes(self, path: str) -> bytes:
+        return bytes(self._store.get(path).bytes())
+
+    def size(self, path: str) -> int | None:
+        try:
+            return int(self._store.head(path)["size"])
+        except FileNotFoundError:
+            return None
+
+    def list(self, prefix: str = "") -> Iterator[FileInfo]:
+        for chunk in self._store.list(prefix or None):
+            for meta in chunk:
+                yield FileInfo(meta["path"], meta["size"], meta["last_modified"].timestamp())
+
+    def delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._store.delete(path)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="vlm-staging-") as folder:
+            yield Path(folder)
+
+    def put(self, local: Path, path: str) -> None:
+        try:
+            self._store.put(path, local)
+        except Exception as error:
+            raise StorageError(self.uri, f"writing {path}", error) from error
+        local.unlink()
+
+
+def open_storage(uri: str, options: Mapping[str, str] | None = None) -> Storage:
+    """The storage of a table at a normalized URI."""
+    if "://" in uri:
+        return ObjectStorage(uri, options or {})
+    return LocalStorage(uri)
