@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vlm_dagster.engines import Engine
@@ -12,7 +12,7 @@ from vlm_dagster.errors import SchemaError
 from vlm_dagster.history.snapshot import Snapshot
 from vlm_dagster.history.validate import validated_events
 from vlm_dagster.schema import FeatureGroup
-from vlm_dagster.sealed import Sealed, SealedTable, StagedWindow, TableSpec
+from vlm_dagster.sealed import Sealed, SealedTable, SealedWindow, StagedWindow, TableSpec
 from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
 from vlm_dagster.sealed.sweep import DEFAULT_GRACE_S, sweep
@@ -155,6 +155,10 @@ class HistoryStore:
         """
         return Snapshot(self._table, self.group, self._table.state(version))
 
+    def sealed_windows(self) -> list[SealedWindow]:
+        """Every window sealed now, oldest first: also those past a gap, which no snapshot shows."""
+        return [sealed for _, sealed in sorted(self._table.state().sealed.items())]
+
     def version_sealing(self, window: str | Window) -> int:
         """The version that sealed a window."""
         return self._table.version_sealing(self.grid.parse(window))
@@ -166,6 +170,11 @@ class HistoryStore:
             WatermarkError: an earlier window, or this one, is not sealed yet.
         """
         return self._table.version_covering(self.grid.parse(window))
+
+    def versions_covering(self, windows: Collection[str | Window]) -> dict[str, int]:
+        """`version_covering` of many windows, by key, in one pass over the log."""
+        parsed = [self.grid.parse(window) for window in windows]
+        return self._table.versions_covering(parsed)
 
     def sweep(
         self, *, older_than_s: float = DEFAULT_GRACE_S, dry_run: bool = True

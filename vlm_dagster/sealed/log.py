@@ -154,7 +154,7 @@ class LogReader:
         found: dict[str, int] = {}
         for path in parts[newest]:
             with self._storage.open_input(path) as source:
-                table = pq.read_table(source, columns=["txn.appId", "txn.version"])
+                table = pq.read_table(source, columns=["txn"])
             for action in table.column("txn").drop_null().to_pylist():
                 if action["appId"] is not None:
                     found[action["appId"]] = action["version"]

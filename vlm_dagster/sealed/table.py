@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -503,6 +503,34 @@ class SealedTable:
         return self._first_version(
             lambda state: state.covers(window), f"window {window.key}", window
         )
+
+    def versions_covering(self, windows: Collection[Window]) -> dict[str, int]:
+        """`version_covering` of many windows, by key, with each commit read once.
+
+        Raises:
+            WatermarkError: one of them is not covered yet.
+        """
+        state = self.state()
+        last = max(windows, default=None)
+        if last is None:
+            return {}
+        if not all(state.covers(window) for window in windows):
+            return {w.key: self.version_covering(w) for w in sorted(windows)}  # says what lacks
+        sealed_in: dict[str, int] = {}
+        for version, transactions in self._log.commits_after(-1):
+            for app_id in transactions:
+                sealed_in.setdefault(app_id, version)
+        found: dict[str, int] = {}
+        newest = 0
+        wanted = {window.index for window in windows}
+        for sealed in state.covered:
+            version = sealed_in.get(lock_id(sealed.window))
+            if version is None:  # commits at the log's beginning were cleaned away
+                return {w.key: self.version_covering(w) for w in windows}
+            newest = max(newest, version)
+            if sealed.window.index in wanted:
+                found[sealed.window.key] = newest
+        return found
 
     def _first_version(
         self, holds: Callable[[TableState], bool], asked: str, window: Window
