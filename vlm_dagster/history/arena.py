@@ -9,6 +9,7 @@ touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,6 +123,14 @@ class BucketIndex:
         if num_files == 0:
             return np.zeros(len(self.user_ids), np.int64)
         return np.asarray(self._ends[num_files - 1])
+
+    def users(self, low: int, high: int) -> BucketIndex:
+        """The index of only the users `[low, high)` of this one."""
+        part = copy(self)
+        part.user_ids = self.user_ids.slice(low, high - low)
+        for name in ("_rows", "_counts", "_ends"):
+            setattr(part, name, getattr(self, name)[:, low:high])
+        return part
 
     def read(self, columns: Sequence[str], first: I64, end: I64) -> Histories:
         """The events at positions `[first[i], end[i])` of each user i; only files that hold

@@ -42,7 +42,7 @@ class DuplicateFilter:
                 keep[extra] = False
                 self.num_duplicates += len(extra)
                 chunk = chunk.filter(pa.array(keep))
-            yield chunk.drop_columns(["row"])
+            yield chunk
 
     def _extra_rows(self, chunk: pa.RecordBatch) -> list[int]:
         """The indices of all rows beyond the first of their (user, id), as given in the input."""

@@ -168,7 +168,7 @@ class SealedTable:
         self.spec = spec
         self.table_id = table_id
         self.storage = open_storage(uri, storage_options)
-        self._options = _hidden(storage_options)
+        self.storage_options = _hidden(storage_options)
         self._log = LogReader(self.storage)
         self._readers: dict[str, SegmentReader] = {}
         self._readers_bytes = 0
@@ -224,7 +224,7 @@ class SealedTable:
 
     def handle(self, version: int | None = None) -> DeltaTable:
         """A Delta handle at a version (the newest if None), checked to be this very table."""
-        handle = _open_delta(self.uri, version, self._options)
+        handle = _open_delta(self.uri, version, self.storage_options)
         found = str(handle.metadata().id)
         if found != self.table_id:
             raise TableError(
