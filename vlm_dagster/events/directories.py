@@ -1,0 +1,87 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlm_dagster.errors import StorageError
+
+__all__ = ["building", "put_in_place"]
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.building-{socket.gethostname()}-"
+
+
+@contextlib.contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """A fresh folder beside `target` to build it in; `put_in_place` moves it there.
+
+    The folder is removed at the end in any case. What killed processes of this machine left
+    behind is removed first.
+    """
+    prefix = _prefix(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f"{prefix}*"):
+            if not _is_alive(left.name.removeprefix(prefix).partition("-")[0]):
+                shutil.rmtree(left, ignore_errors=True)
+        folder = target.parent / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+        folder.mkdir()
+    except OSError as error:
+        raise StorageError(str(target), "making a folder beside it", error) from error
+    try:
+        yield folder
+    except OSError as error:
+        # Our own errors, some of which are OSErrors too, already say what happened.
+        if type(error).__module__.startswith("vlm_dagster"):
+            raise
+        raise StorageError(str(target), "writing files", error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Move a finished folder to `target`, replacing what is there.
+
+    Raises:
+        FileExistsError: somebody else put a folder there in the meantime.
+    """
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    _sync(folder)
+    old = folder.with_name(folder.name + "-old")
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(old)
+    try:
+        folder.rename(target)
+    except OSError as error:
+        raise FileExistsError(str(target)) from error
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
