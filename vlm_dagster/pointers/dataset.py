@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -427,6 +427,10 @@ class PointerDataset:
     def version_sealing(self, window: str | Window) -> int:
         """The version that sealed a window."""
         return self._table.version_sealing(self.grid.parse(window))
+
+    def versions_sealing(self, windows: Collection[str | Window]) -> dict[str, int]:
+        """`version_sealing` of many windows, by key, in one pass over the log."""
+        return self._table.versions_sealing([self.grid.parse(window) for window in windows])
 
     def snapshot(
         self, windows: Sequence[str] | None = None, version: int | None = None

@@ -504,6 +504,15 @@ class SealedTable:
             lambda state: state.covers(window), f"window {window.key}", window
         )
 
+    def versions_sealing(self, windows: Collection[Window]) -> dict[str, int]:
+        """`version_sealing` of many windows, by key, with each commit read once."""
+        sealed_in = self._sealed_in()
+        found: dict[str, int] = {}
+        for window in windows:
+            version = sealed_in.get(window.index)
+            found[window.key] = self.version_sealing(window) if version is None else version
+        return found
+
     def versions_covering(self, windows: Collection[Window]) -> dict[str, int]:
         """`version_covering` of many windows, by key, with each commit read once.
 
@@ -511,25 +520,31 @@ class SealedTable:
             WatermarkError: one of them is not covered yet.
         """
         state = self.state()
-        last = max(windows, default=None)
-        if last is None:
-            return {}
-        if not all(state.covers(window) for window in windows):
-            return {w.key: self.version_covering(w) for w in sorted(windows)}  # says what lacks
-        sealed_in: dict[str, int] = {}
-        for version, transactions in self._log.commits_after(-1):
-            for app_id in transactions:
-                sealed_in.setdefault(app_id, version)
+        wanted = {window.index for window in windows}
+        sealed_in = self._sealed_in()
         found: dict[str, int] = {}
         newest = 0
-        wanted = {window.index for window in windows}
         for sealed in state.covered:
-            version = sealed_in.get(lock_id(sealed.window))
-            if version is None:  # commits at the log's beginning were cleaned away
-                return {w.key: self.version_covering(w) for w in windows}
-            newest = max(newest, version)
-            if sealed.window.index in wanted:
+            index = sealed.window.index
+            if index not in sealed_in:  # the log's beginning was cleaned away
+                found.clear()
+                break
+            newest = max(newest, sealed_in[index])
+            if index in wanted:
                 found[sealed.window.key] = newest
+        for window in sorted(windows):
+            if window.key not in found:
+                found[window.key] = self.version_covering(window)
+        return found
+
+    def _sealed_in(self) -> dict[int, int]:
+        """Window index -> the version that sealed it, as far as the commits are still there."""
+        locks = {lock_id(s.window): index for index, s in self.state().sealed.items()}
+        found: dict[int, int] = {}
+        for version, transactions in self._log.commits_after(-1):
+            for app_id in transactions:
+                if app_id in locks:
+                    found.setdefault(locks[app_id], version)
         return found
 
     def _first_version(
