@@ -87,10 +87,10 @@ def find_sorted(haystack: pa.Array, needles: pa.Array) -> I64:
 
 
 class BucketIndex:
-    """Where the events of some users of one bucket lie in a run of files, oldest window first.
+    """Where the events of some users lie in a run of files, oldest window first.
 
     Args:
-        readers: the bucket's files, in window order.
+        readers: the files of all buckets of these users, in window order.
         user_ids: [U] sorted and distinct.
         schema: the types of the columns, for when there is nothing to read.
     """

@@ -201,18 +201,26 @@ class Snapshot:
 
     # -- reading ------------------------------------------------------------------------------
 
-    def bucket_index(self, bucket: int, user_ids: pa.Array) -> BucketIndex:
-        """Where events of these users (sorted, distinct, all of this bucket) lie."""
-        paths = self._table.paths(self.version, bucket, self._segments)
-        readers = [self._table.reader(path, self.version) for path in paths]
+    def index_of(self, user_ids: pa.Array) -> BucketIndex:
+        """Where events of these users (sorted, distinct) lie, whichever buckets they are in."""
+        readers = [self._table.reader(path, self.version) for _, path in self._files_of(user_ids)]
         return BucketIndex(readers, user_ids, self.group.event_schema)
 
-    def windows_of_bucket(self, bucket: int) -> list[SealedWindow]:
-        """The window of each file of a bucket, in the order that `bucket_index` uses."""
+    def windows_of(self, user_ids: pa.Array) -> list[SealedWindow]:
+        """The window of each file that `index_of` of the same users looks into, in its order."""
+        return [sealed for sealed, _ in self._files_of(user_ids)]
+
+    def _files_of(self, user_ids: pa.Array) -> list[tuple[SealedWindow, str]]:
+        """The files of these users' buckets, each with its window, oldest window first."""
+        buckets = np.unique(bucket_of(user_ids, self.num_buckets))
         files = self._table.files(self.version)
-        mine = files.filter(pc.equal(files["bucket"], bucket))["segment"].to_pylist()
-        count = {segment: mine.count(segment) for segment in set(mine)}
-        return [s for s in self._covered for _ in range(count.get(s.window.segment, 0))]
+        mine = files.filter(pc.is_in(files["bucket"], pa.array(buckets, pa.int32())))
+        by_segment: dict[str, list[str]] = {}
+        for segment, path in zip(
+            mine["segment"].to_pylist(), mine["path"].to_pylist(), strict=True
+        ):
+            by_segment.setdefault(segment, []).append(path)
+        return [(s, path) for s in self._covered for path in by_segment.get(s.window.segment, [])]
 
     def count(self, user_ids: Sequence[Any] | pa.Array) -> npt.NDArray[np.int64]:
         """[U] the number of events of each user, which is their end position; 0 if unknown."""
@@ -240,7 +248,7 @@ class Snapshot:
         parts: list[Histories] = []
         for bucket in np.unique(buckets):
             users = distinct.filter(pa.array(buckets == bucket))
-            index = self.bucket_index(int(bucket), users)
+            index = self.index_of(users)
             end = index.num_events
             first = (
                 np.zeros_like(end)

@@ -54,13 +54,14 @@ class PointerBuilder:
             edges = [0, *(np.flatnonzero(np.diff(buckets)) + 1).tolist(), len(buckets)]
             for start, end in pairwise(edges):
                 if end > start:
-                    yield self._resolve(chunk.slice(start, end - start), int(buckets[start]))
+                    yield self._resolve(chunk.slice(start, end - start))
 
-    def _resolve(self, requests: pa.RecordBatch, bucket: int) -> pa.RecordBatch:
+    def _resolve(self, requests: pa.RecordBatch) -> pa.RecordBatch:
         users, num_requests = run_lengths(requests.column("user_id"))
         rank = np.repeat(np.arange(len(users)), num_requests)
-        indices = {g: s.bucket_index(bucket, users) for g, s in self._snapshots.items()}
-        recent = {g: self._recent(g, indices[g], bucket) for g in self._spec.groups}
+        # A history may be bucketed otherwise than the requests are, so the users decide.
+        indices = {g: s.index_of(users) for g, s in self._snapshots.items()}
+        recent = {g: self._recent(g, indices[g]) for g in self._spec.groups}
         if self._spec.request == "event_id":
             times = self._event_times(requests, rank, recent[self._spec.target_group])
         else:
@@ -90,9 +91,9 @@ class PointerBuilder:
             built = built.take(_order(rank, times, requests.column("request_id")))
         return built
 
-    def _recent(self, group: str, index: BucketIndex, bucket: int) -> Histories:
+    def _recent(self, group: str, index: BucketIndex) -> Histories:
         """Times, and for the target group ids, of the events in the request's own window."""
-        windows = [s.window for s in self._snapshots[group].windows_of_bucket(bucket)]
+        windows = [s.window for s in self._snapshots[group].windows_of(index.user_ids)]
         before = sum(w.end_us <= self._window.start_us for w in windows)
         through = sum(w.start_us < self._window.end_us for w in windows)
         columns = ["available_at"]
