@@ -511,6 +511,7 @@ def _table_spec(
         grid=grid,
         start=None if start is None else grid.parse(start),
         details={"pointers": spec.to_json()},
+        extremes=spec.extremes,
     )
 
 

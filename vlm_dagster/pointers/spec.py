@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from vlm_dagster.errors import SchemaError
 from vlm_dagster.schema import TIME_TYPE, Trait, check_name
+from vlm_dagster.sealed.files import Extreme
 
 __all__ = ["PointerSpec", "pointer_fields"]
 
@@ -136,6 +137,22 @@ class PointerSpec:
                 kind = TIME_TYPE if part.endswith("_time") else pa.int64()
                 fields.append(pa.field(name, kind, nullable=False))
         return pa.schema(fields)
+
+    @property
+    def extremes(self) -> tuple[Extreme, ...]:
+        """What a file's index keeps about each user's pointers into each group: the first position
+        of any (`GROUP_first`) and the least and greatest end position (`GROUP_low`, `GROUP_high`).
+        A loader's plan bounds what a unit will hold with these, before it reads a column."""
+        found = []
+        for group in self.groups:
+            names = pointer_fields(group)
+            end, length = names["end_position"], names["length"]
+            found += [
+                Extreme(f"{group}_first", "min", end, length),
+                Extreme(f"{group}_low", "min", end),
+                Extreme(f"{group}_high", "max", end),
+            ]
+        return tuple(found)
 
     @property
     def request_schema(self) -> pa.Schema:

@@ -102,16 +102,13 @@ def _refuse_times(
     if first < 0:
         return
     time_us = times[first].as_py()
-    belongs = "Check its unit and origin"
-    if time_us >= 0:
-        belongs = f"It belongs to window {grid.containing(time_us).key}: seal it there"
     raise InvalidRequestsError(
         f"lies outside window {window.key}, which is [{format_us(window.start_us)}, "
         f"{format_us(window.end_us)})",
         row=offset + first,
         column="request_time",
         value=format_us(time_us),
-        way_out=f"{belongs}.",
+        way_out=f"{grid.home_of(time_us)}.",
         where=where,
         num_rows=pc.sum(outside.cast(pa.int64())).as_py(),
     )

@@ -4,8 +4,9 @@ Layout: rows sorted by (user, time, id), row groups of 65,536 rows, one codec, e
 entries of the footer's key-value metadata are ours:
 
 - `vlm.segment`: JSON; the format's version, the window, its bucket, the digest of this file's rows.
-- `vlm.users`: the distinct users in order and how many rows each has: base64 of a
-  zstd-compressed Arrow IPC stream (base64, because other readers insist on UTF-8 there).
+- `vlm.users`: the distinct users in order, how many rows each has, and what else the table's owner
+  keeps about each: base64 of a zstd-compressed Arrow IPC stream (base64, because other readers insist
+  on UTF-8 there).
 
 A file's name is the SHA-256 of its bytes, so writing it twice is harmless, and a copy proves itself.
 """
@@ -18,7 +19,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,15 @@ from vlm_dagster.errors import CorruptFileError, TableError
 from vlm_dagster.hashing import Digest, digest_rows, run_lengths
 from vlm_dagster.storage import Storage
 
-__all__ = ["FILE_FORMAT", "SegmentReader", "SegmentWriter", "StagedFile", "UserIndex", "sha256_of"]
+__all__ = [
+    "FILE_FORMAT",
+    "Extreme",
+    "SegmentReader",
+    "SegmentWriter",
+    "StagedFile",
+    "UserIndex",
+    "sha256_of",
+]
 
 FILE_FORMAT = 1
 ROW_GROUP_ROWS = 65_536
@@ -54,20 +63,42 @@ class StagedFile:
 
 @dataclass(frozen=True)
 class UserIndex:
-    """Which rows of a file are whose: `user_ids` [U] ascending; user i has rows
-    `[starts[i], starts[i] + counts[i])`, oldest first."""
+    """Which rows of a file are whose.
+
+    Attributes:
+        user_ids: [U] ascending.
+        counts, starts: [U] user i has rows `[starts[i], starts[i] + counts[i])`, oldest first.
+        extremes: what the table's owner keeps about each user beside, [U] each: the least or
+            greatest value of a quantity over the user's rows.
+    """
 
     user_ids: pa.Array
     counts: I64
     starts: I64
-
-    @classmethod
-    def of(cls, user_ids: pa.Array, counts: I64) -> UserIndex:
-        return cls(user_ids, counts, np.cumsum(counts) - counts)
+    extremes: dict[str, I64]
 
     @property
     def num_bytes(self) -> int:
-        return int(self.user_ids.nbytes) + 2 * self.counts.nbytes
+        return int(self.user_ids.nbytes) + (2 + len(self.extremes)) * self.counts.nbytes
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """A quantity of a row whose least ("min") or greatest ("max") is kept for every user: the
+    value of column `plus`, less that of column `minus` if given."""
+
+    name: str
+    keep: Literal["min", "max"]
+    plus: str
+    minus: str | None = None
+
+    def of(self, rows: pa.RecordBatch, user_starts: I64) -> I64:
+        """[U] over runs of rows that begin at `user_starts`."""
+        values = rows.column(self.plus).to_numpy(zero_copy_only=False)
+        if self.minus is not None:
+            values = values - rows.column(self.minus).to_numpy(zero_copy_only=False)
+        reduce = np.minimum if self.keep == "min" else np.maximum
+        return np.asarray(reduce.reduceat(values, user_starts), np.int64)
 
 
 def _encodings(schema: pa.Schema) -> dict[str, Any]:
@@ -84,24 +115,22 @@ def _encodings(schema: pa.Schema) -> dict[str, Any]:
     }
 
 
-def _encode_users(user_ids: pa.Array, counts: I64) -> bytes:
-    batch = pa.record_batch(
-        [user_ids, pa.array(counts, pa.uint32())], names=["user_id", "num_rows"]
-    )
+def _encode_users(users: pa.RecordBatch) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(
-        sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+        sink, users.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
     ) as writer:
-        writer.write_batch(batch)
+        writer.write_batch(users)
     return base64.b64encode(sink.getvalue())
 
 
 def _decode_users(raw: bytes) -> UserIndex:
-    table = pa.ipc.open_stream(base64.b64decode(raw)).read_all()
-    users = table.column("user_id").combine_chunks()
-    if isinstance(users, pa.ChunkedArray):
-        users = pa.concat_arrays(users.chunks) if users.num_chunks else pa.array([], users.type)
-    return UserIndex.of(users, table.column("num_rows").to_numpy().astype(np.int64))
+    (batch,) = pa.ipc.open_stream(base64.b64decode(raw))
+    columns = {
+        name: batch.column(name).to_numpy().astype(np.int64) for name in batch.schema.names[1:]
+    }
+    counts = columns.pop("num_rows")
+    return UserIndex(batch.column("user_id"), counts, np.cumsum(counts) - counts, columns)
 
 
 def sha256_of(path: Path) -> str:
@@ -118,10 +147,16 @@ class SegmentWriter:
         schema: the columns, without the partition columns.
         header: what `vlm.segment` says beside the format, the digest and the counts.
         sort_columns: the columns that the rows are sorted by.
+        extremes: what to keep about every user beside the number of rows.
     """
 
     def __init__(
-        self, local: Path, schema: pa.Schema, header: dict[str, Any], sort_columns: Sequence[str]
+        self,
+        local: Path,
+        schema: pa.Schema,
+        header: dict[str, Any],
+        sort_columns: Sequence[str],
+        extremes: Sequence[Extreme] = (),
     ) -> None:
         self._local = local
         self._schema = schema
@@ -129,8 +164,8 @@ class SegmentWriter:
         self._time = sort_columns[1]
         self._pending: list[pa.RecordBatch] = []
         self._num_pending = 0
-        self._users: list[pa.Array] = []
-        self._counts: list[I64] = []
+        self._extremes = extremes
+        self._users: list[pa.RecordBatch] = []
         self._time_range: tuple[int, int] | None = None
         self.num_rows = 0
         self.digest = Digest()
@@ -150,17 +185,15 @@ class SegmentWriter:
         )
 
     def write(self, rows: pa.RecordBatch) -> None:
-        """Append rows. A user's rows may be spread over consecutive calls."""
+        """Append rows; all rows of a user come in one call."""
         rows = rows.select(self._schema.names)
         self.digest = self.digest + digest_rows(rows)
         self.num_rows += rows.num_rows
         users, counts = run_lengths(rows.column("user_id"))
-        if self._users and len(users) and self._users[-1][-1] == users[0]:
-            self._counts[-1][-1] += counts[0]
-            users, counts = users[1:], counts[1:]
-        if len(users):
-            self._users.append(users)
-            self._counts.append(counts)
+        columns = {"user_id": users, "num_rows": pa.array(counts, pa.uint32())}
+        for extreme in self._extremes:
+            columns[extreme.name] = pa.array(extreme.of(rows, np.cumsum(counts) - counts))
+        self._users.append(pa.record_batch(columns))
         extremes = pc.min_max(rows.column(self._time).cast(pa.int64())).as_py()
         low, high = self._time_range or (extremes["min"], extremes["max"])
         self._time_range = (min(low, extremes["min"]), max(high, extremes["max"]))
@@ -181,46 +214,38 @@ class SegmentWriter:
 
     @property
     def num_users(self) -> int:
-        return sum(len(users) for users in self._users)
+        return sum(users.num_rows for users in self._users)
 
     def close(self) -> str:
         """Finish the file; returns its Delta statistics."""
         self._flush(final=True)
-        users = (
-            pa.concat_arrays(self._users)
-            if self._users
-            else pa.array([], self._schema.field("user_id").type)
-        )
-        counts = np.concatenate(self._counts) if self._counts else np.zeros(0, np.int64)
+        users = pa.concat_batches(self._users)
         header = {
             **self._header,
             "format": FILE_FORMAT,
             "num_rows": self.num_rows,
-            "num_users": len(users),
+            "num_users": users.num_rows,
             "digest": str(self.digest),
         }
         self._writer.add_key_value_metadata(
             {
                 _HEADER_KEY: json.dumps(header, sort_keys=True).encode(),
-                _USERS_KEY: _encode_users(users, counts),
+                _USERS_KEY: _encode_users(users),
             }
         )
         self._writer.close()
-        return self._stats(users)
+        return self._stats(users.column("user_id"))
 
     def abandon(self) -> None:
         """Close the handle of a file that will be thrown away."""
         self._writer.close()
 
     def _stats(self, users: pa.Array) -> str:
-        low: dict[str, object] = {}
-        high: dict[str, object] = {}
-        if len(users):
-            low["user_id"], high["user_id"] = users[0].as_py(), users[-1].as_py()
-            assert self._time_range is not None
-            # Delta keeps statistics of times in whole milliseconds: round outwards.
-            low[self._time] = _iso_ms(self._time_range[0] // 1000)
-            high[self._time] = _iso_ms(-(-self._time_range[1] // 1000))
+        assert self._time_range is not None  # a file is never empty
+        # Delta keeps statistics of times in whole milliseconds: round outwards.
+        low: dict[str, object] = {self._time: _iso_ms(self._time_range[0] // 1000)}
+        high: dict[str, object] = {self._time: _iso_ms(-(-self._time_range[1] // 1000))}
+        low["user_id"], high["user_id"] = users[0].as_py(), users[-1].as_py()
         if any(
             isinstance(value, str) and len(value) > 64 for value in (*low.values(), *high.values())
         ):

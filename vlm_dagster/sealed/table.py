@@ -33,7 +33,7 @@ from vlm_dagster.errors import (
     WindowSealedError,
 )
 from vlm_dagster.hashing import Digest
-from vlm_dagster.sealed.files import SegmentReader, SegmentWriter, StagedFile, sha256_of
+from vlm_dagster.sealed.files import Extreme, SegmentReader, SegmentWriter, StagedFile, sha256_of
 from vlm_dagster.sealed.log import (
     START_ID,
     LogReader,
@@ -75,6 +75,7 @@ class TableSpec:
         grid: the windows.
         start: the first window, or None: then the first window sealed is the first.
         details: what the owner of the table needs to open it again, JSON-able.
+        extremes: what the files' indices keep about every user; follows from `details`.
     """
 
     kind: str
@@ -85,6 +86,7 @@ class TableSpec:
     grid: WindowGrid
     start: Window | None
     details: dict[str, Any] = field(hash=False)
+    extremes: tuple[Extreme, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -355,6 +357,7 @@ class SealedTable:
                             self.spec.columns,
                             header,
                             self.spec.sort_columns,
+                            self.spec.extremes,
                         )
                     assert writer is not None
                     writer.write(batch.slice(start, end - start))
