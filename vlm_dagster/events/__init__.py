@@ -1,7 +1,8 @@
 """Events in: readers of what users have, made-up events, and the landing zone split by window."""
 
-from vlm_dagster.events.generate import GeneratorConfig
-from vlm_dagster.events.landing import LandedWindow, Landing, land
+from vlm_dagster.events.generator_config import GeneratorConfig
+from vlm_dagster.events.landed import LandedWindow
+from vlm_dagster.events.landing import Landing, land
 from vlm_dagster.events.opening import SourceFormat, open_source
 from vlm_dagster.events.source import (
     BinaryLabel,

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlm_dagster.errors import StorageError
+from vlm_dagster.errors import StorageError, VlmError
 
 __all__ = ["building", "put_in_place"]
 
@@ -38,10 +38,9 @@ def building(target: Path) -> Iterator[Path]:
         raise StorageError(str(target), "making a folder beside it", error) from error
     try:
         yield folder
+    except VlmError:  # some of them are OSErrors too, and they already say what happened
+        raise
     except OSError as error:
-        # Our own errors, some of which are OSErrors too, already say what happened.
-        if type(error).__module__.startswith("vlm_dagster"):
-            raise
         raise StorageError(str(target), "writing files", error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -58,11 +57,7 @@ def _is_alive(pid: str) -> bool:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Move a finished folder to `target`, replacing what is there.
-
-    Raises:
-        FileExistsError: somebody else put a folder there in the meantime.
-    """
+    """Move a finished folder to `target`, replacing what is there."""
     for file in folder.rglob("*"):
         if file.is_file():
             _sync(file)
@@ -72,8 +67,10 @@ def put_in_place(folder: Path, target: Path) -> None:
         target.rename(old)
     try:
         folder.rename(target)
-    except OSError as error:
-        raise FileExistsError(str(target)) from error
+    except BaseException:
+        with contextlib.suppress(OSError):  # whoever came first keeps the place
+            old.rename(target)
+        raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
     _sync(target.parent)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vlm_dagster.events.generator_config import GeneratorConfig
 from vlm_dagster.events.people import (
     F64,
     I64,
@@ -20,9 +21,6 @@ from vlm_dagster.events.people import (
     words,
     zipf,
 )
-
-if TYPE_CHECKING:
-    from vlm_dagster.events.generate import GeneratorConfig
 
 __all__ = ["Interactions"]
 

@@ -10,54 +10,28 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from vlm_dagster.errors import SourceFormatError, TableError
 from vlm_dagster.events.directories import building, put_in_place
+from vlm_dagster.events.landed import (
+    LandedWindow,
+    check_files,
+    read_manifest,
+    write_manifest,
+    write_window,
+)
 from vlm_dagster.events.source import BinaryLabel, EventSource, Progress, input_schema
 from vlm_dagster.events.splitting import WindowSplitter
-from vlm_dagster.hashing import Digest, digest_rows
+from vlm_dagster.hashing import Digest
 from vlm_dagster.schema import FeatureGroup
 from vlm_dagster.windows import Window, WindowGrid
 
-__all__ = ["LandedWindow", "Landing", "land"]
-
-_FORMAT = "vlm-dagster landing"
-_VERSION = 1
-_MANIFEST = "landing.json"
-_ROW_GROUP_ROWS = 131_072
-_AGAIN = "Delete the folder and land the source again."
-
-
-@dataclass(frozen=True)
-class LandedWindow:
-    """One window that has events: its file, relative to the landing, and what the file holds.
-    `num_bytes` and `sha256` are of the file, `digest` is of the rows in any order."""
-
-    window: Window
-    path: str
-    num_events: int
-    num_bytes: int
-    sha256: str
-    digest: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "window": self.window.key,
-            "path": self.path,
-            "num_events": self.num_events,
-            "num_bytes": self.num_bytes,
-            "sha256": self.sha256,
-            "digest": self.digest,
-        }
+__all__ = ["Landing", "land"]
 
 
 @dataclass(frozen=True)
@@ -104,14 +78,13 @@ class Landing:
             TableError: it is missing, not a landing, newer than this code, or lost files.
         """
         folder = Path(directory)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         grid = WindowGrid(manifest["cadence"])
         landed = tuple(
-            LandedWindow(grid.parse(entry["window"]), *(entry[name] for name in _ENTRY))
+            LandedWindow(**{**entry, "window": grid.parse(entry["window"])})
             for entry in manifest["windows"]
         )
-        for entry in landed:
-            _check_file(folder, entry)
+        check_files(folder, landed)
         label = manifest["label"]
         return cls(
             directory=folder,
@@ -158,16 +131,13 @@ class Landing:
         return found
 
 
-_ENTRY = ("path", "num_events", "num_bytes", "sha256", "digest")
-
-
 def land(
     source: EventSource,
     directory: str | os.PathLike[str],
     grid: WindowGrid,
     progress: Progress | None = None,
     *,
-    max_buffered_bytes: int = 256 << 20,
+    max_buffered_bytes: int = 128 << 20,
 ) -> Landing:
     """Read a source once and split it by window into `directory`.
 
@@ -185,28 +155,31 @@ def land(
     """
     target = Path(directory).absolute()
     fingerprint = _fingerprint(source, grid)
-    if target.exists() and (target.is_file() or any(target.iterdir())):
-        manifest = _read_manifest(target)
-        if manifest["fingerprint"] == fingerprint:
-            with contextlib.suppress(TableError):  # files lost: land again
-                return _reused(target)
+    if found := _same(target, fingerprint):
+        return found
     with building(target) as folder:
         _write(source, folder, grid, fingerprint, progress, max_buffered_bytes)
-        try:
-            put_in_place(folder, target)
-        except FileExistsError:
-            # Another process landed at the same time. If it landed the same, that is as good.
-            if _read_manifest(target)["fingerprint"] != fingerprint:
-                raise TableError(
-                    str(target), "another process landed another source here meanwhile",
-                    "Give each source a folder of its own.",
-                ) from None  # fmt: skip
-            return _reused(target)
+        if _fingerprint(source, grid) != fingerprint:
+            raise SourceFormatError(
+                ", ".join(source.paths[:3]), "the input changed while it was read",
+                line=None, value=None, way_out="Land it again when nobody writes to it.",
+            )  # fmt: skip
+        # Another process may have landed the same meanwhile, and be reading it already.
+        if found := _same(target, fingerprint):
+            return found
+        put_in_place(folder, target)
     return Landing.open(target)
 
 
-def _reused(target: Path) -> Landing:
-    return replace(Landing.open(target), reused=True)
+def _same(target: Path, fingerprint: dict[str, Any]) -> Landing | None:
+    """What is landed here already, if it is of the same source and whole."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    if read_manifest(target)["fingerprint"] != fingerprint:
+        return None
+    with contextlib.suppress(TableError):  # it lost files: land again
+        return replace(Landing.open(target), reused=True)
+    return None
 
 
 def _fingerprint(source: EventSource, grid: WindowGrid) -> dict[str, Any]:
@@ -251,7 +224,7 @@ def _write(
     for index, batches in splitter.windows():
         window = grid.at(index)
         path = f"windows/{window.segment}.parquet"
-        digest = _write_file(folder / path, schema, batches)
+        digest = write_window(folder / path, schema, batches)
         digests.append(digest)
         with (folder / path).open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -263,8 +236,6 @@ def _write(
         run.unlink()
     scratch.rmdir()
     manifest = {
-        "format": _FORMAT,
-        "version": _VERSION,
         "fingerprint": fingerprint,
         "group": source.group.to_json(),
         "label": None if source.label is None else source.label.to_json(),
@@ -277,7 +248,7 @@ def _write(
         "digest": str(Digest.sum(digests)),
         "windows": entries,
     }
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    write_manifest(folder, manifest)
 
 
 def _refuse_null_times(
@@ -290,84 +261,4 @@ def _refuse_null_times(
             source.paths[0] if len(source.paths) == 1 else "the source",
             f"event {num_before + row:,} (from 0) has no {time}, so it belongs to no window",
             line=None, value=None, way_out="Repair or remove the row. Nothing was written.",
-        )  # fmt: skip
-
-
-def _write_file(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Digest:
-    total = Digest()
-    with pq.ParquetWriter(path, schema, compression="lz4", use_dictionary=False) as writer:
-        for group in _row_groups(batches):
-            total += _digest(group)
-            writer.write_batch(group, row_group_size=_ROW_GROUP_ROWS)
-    return total
-
-
-def _row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same rows in row groups of one size, so that a file's bytes do not depend on how its
-    rows were buffered."""
-    waiting: list[pa.RecordBatch] = []
-    num_waiting = 0
-    for batch in batches:
-        while num_waiting + batch.num_rows >= _ROW_GROUP_ROWS:
-            cut = _ROW_GROUP_ROWS - num_waiting
-            yield pa.concat_batches([*waiting, batch.slice(0, cut)])
-            waiting, num_waiting, batch = [], 0, batch.slice(cut)
-        waiting.append(batch)
-        num_waiting += batch.num_rows
-    if num_waiting:
-        yield pa.concat_batches(waiting)
-
-
-def _digest(batch: pa.RecordBatch) -> Digest:
-    """The digest of rows that may hold nulls, however they are cut into batches."""
-    if not any(column.null_count for column in batch.columns):
-        return digest_rows(batch)
-    any_null = reduce(pc.or_, (column.is_null() for column in batch.columns))
-    columns: dict[str, pa.Array] = {}
-    with_nulls = batch.filter(any_null)
-    for name, column in zip(batch.schema.names, with_nulls.columns, strict=True):
-        kind = column.type
-        zero: Any = "" if pa.types.is_string(kind) else pa.scalar(0, pa.int64()).cast(kind)
-        columns[name] = column.fill_null(zero)
-        columns[f"{name} is null"] = column.is_null()
-    return digest_rows(batch.filter(pc.invert(any_null))) + digest_rows(
-        pa.RecordBatch.from_pydict(columns)
-    )
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        what = "is a file, not a landing" if folder.exists() else "there is no landing here"
-        raise TableError(str(folder), what, "Land a source there first, or give another path.")
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-    except FileNotFoundError:
-        raise TableError(
-            str(folder), f"is not a landing: it has no {_MANIFEST}",
-            "It was left alone. Give an empty or a new folder.",
-        ) from None  # fmt: skip
-    except (ValueError, UnicodeDecodeError):
-        manifest = None
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise TableError(
-            str(folder), f"is not a landing: its {_MANIFEST} is not one of ours, or was cut off",
-            "It was left alone. Give a new folder, or delete this one.",
-        )  # fmt: skip
-    if manifest.get("version") != _VERSION:
-        raise TableError(
-            str(folder), f"was made by another release (version {manifest.get('version')!r}; this "
-            f"one reads {_VERSION})", _AGAIN,
-        )  # fmt: skip
-    return manifest
-
-
-def _check_file(folder: Path, entry: LandedWindow) -> None:
-    try:
-        size = (folder / entry.path).stat().st_size
-    except FileNotFoundError:
-        raise TableError(str(folder), f"file {entry.path} is missing", _AGAIN) from None
-    if size != entry.num_bytes:
-        raise TableError(
-            str(folder), f"file {entry.path} has {size:,} bytes instead of {entry.num_bytes:,}",
-            _AGAIN,
         )  # fmt: skip

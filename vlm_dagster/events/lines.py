@@ -8,51 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 
 from vlm_dagster.errors import SourceFormatError
+from vlm_dagster.events.delimited import Layout, empty, parse, refuse, shown, what_is_wrong
 from vlm_dagster.events.files import ByteStream
 from vlm_dagster.events.source import CheckedRows, OnCutLine, Progress
 from vlm_dagster.schema import TIME_TYPE
 
-__all__ = ["Layout", "Rows", "Tally", "read_rows", "time_in_us"]
+__all__ = ["Rows", "Tally", "read_rows", "time_in_us"]
 
 _BLOCK_BYTES = 4 << 20
 _LONGEST_LINE = 64 << 20
-_UNIT_SEPARATOR = "\x1f"
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 _END_OF_9999_S = 253_402_300_799
 _CUT_WAY_OUT = (
     'Fetch the file again, or pass on_cut_line="drop" to leave this one line out (it is counted).'
 )
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the lines of a file are made.
-
-    Attributes:
-        delimiter: one character, or "::".
-        columns: names in file order.
-        types: the columns to read, and as what.
-        time: the column of types that holds the time of the event.
-        header: whether line 1 names the columns.
-        quotes: whether fields may stand in double quotes (line breaks inside are not supported).
-        nulls: texts that stand for a missing value. None: an empty field is an error.
-    """
-
-    delimiter: str
-    columns: tuple[str, ...]
-    types: dict[str, pa.DataType]
-    time: str
-    header: bool = False
-    quotes: bool = False
-    nulls: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -159,41 +134,13 @@ def _blocks(stream: ByteStream) -> Iterator[tuple[int, bytes, bool]]:
         yield line, rest, False
 
 
-def _parse(text: bytes, layout: Layout, only: str | None = None) -> pa.RecordBatch:
-    delimiter = layout.delimiter
-    if len(delimiter) > 1:  # Arrow splits at one character only
-        text, delimiter = text.replace(delimiter.encode(), b"\x1f"), _UNIT_SEPARATOR
-    table = pa.csv.read_csv(
-        pa.BufferReader(text),
-        read_options=pa.csv.ReadOptions(column_names=list(layout.columns)),
-        parse_options=pa.csv.ParseOptions(
-            delimiter=delimiter, quote_char='"' if layout.quotes else False
-        ),
-        convert_options=pa.csv.ConvertOptions(
-            column_types=layout.types,
-            include_columns=list(layout.types) if only is None else [only],
-            null_values=list(layout.nulls or ()),
-            strings_can_be_null=layout.nulls is not None,
-        ),
-    )
-    return (
-        table.combine_chunks().to_batches(max_chunksize=None)[0]
-        if table.num_rows
-        else (pa.RecordBatch.from_pylist([], schema=table.schema))
-    )
-
-
 def _parse_block(path: str, text: bytes, line: int, layout: Layout) -> Rows:
     if not text.strip(b"\r\n"):  # Arrow calls nothing but empty lines an empty file
-        return Rows(path, _empty(layout), text, line)
+        return Rows(path, empty(layout), text, line)
     try:
-        return Rows(path, _parse(text, layout), text, line)
+        return Rows(path, parse(text, layout), text, line)
     except pa.ArrowInvalid as error:
-        _refuse(path, text, line, layout, error)
-
-
-def _empty(layout: Layout) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([], schema=pa.schema(list(layout.types.items())))
+        refuse(path, text, line, layout, error)
 
 
 def _last_line(
@@ -202,19 +149,19 @@ def _last_line(
     if not text.strip(b"\r"):
         return None
     try:
-        rows = Rows(path, _parse(text, layout), text, line)
+        rows = Rows(path, parse(text, layout), text, line)
         time = _as_integers(rows.batch.column(layout.time))[0].as_py()
         if tally.earliest is None or time is None or 2 * time >= tally.earliest:
             return rows
         reason = f"its {layout.time} {time} is far before every other one, so digits are missing"
     except pa.ArrowInvalid as error:
-        reason = _what_is_wrong(text, layout, error)[0]
+        reason = what_is_wrong(text, layout, error)[0]
     if on_cut_line == "drop":
         tally.num_dropped += 1
         return None
     raise SourceFormatError(
         path, f"the file ends in the middle of its last line (no line end, and {reason})",
-        line=line, value=_shown(text), way_out=_CUT_WAY_OUT,
+        line=line, value=shown(text), way_out=_CUT_WAY_OUT,
     )  # fmt: skip
 
 
@@ -226,64 +173,6 @@ def _note_earliest(times: pa.Array, tally: Tally) -> None:
     earliest = pc.min(_as_integers(times)).as_py()
     if earliest is not None and (tally.earliest is None or earliest < tally.earliest):
         tally.earliest = int(earliest)
-
-
-def _refuse(path: str, text: bytes, line: int, layout: Layout, error: Exception) -> NoReturn:
-    """Find the first line that Arrow refuses, by halving, and say what is wrong with it."""
-    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == 10) + 1
-    good, bad = 0, len(ends)  # the first `good` lines parse, the first `bad` do not
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        try:
-            _parse(text[: ends[middle - 1]], layout)
-            good = middle
-        except pa.ArrowInvalid as found:
-            if "Empty CSV file" in str(found):
-                good = middle
-            else:
-                bad, error = middle, found
-    one = text[ends[bad - 2] if bad > 1 else 0 : ends[bad - 1]].rstrip(b"\r\n")
-    problem, value, way_out = _what_is_wrong(one, layout, error)
-    raise SourceFormatError(path, problem, line=line + bad - 1, value=value, way_out=way_out)
-
-
-def _what_is_wrong(text: bytes, layout: Layout, error: Exception) -> tuple[str, Any, str]:
-    """Problem, value and way out of one bad line."""
-    try:
-        fields = text.decode().split(layout.delimiter)
-    except UnicodeDecodeError as broken:
-        return "not UTF-8 text", text[broken.start : broken.start + 8], "Convert the file to UTF-8."
-    if len(fields) != len(layout.columns) and not (layout.quotes and '"' in text.decode()):
-        return (
-            f"the line has {len(fields)} fields, but {len(layout.columns)} are expected "
-            f"({', '.join(layout.columns)})",
-            _shown(text),
-            "Repair or remove the line, or check that this is the right format.",
-        )
-    for name, kind in layout.types.items():
-        try:
-            _parse(text, layout, only=name)
-        except pa.ArrowInvalid:
-            at = layout.columns.index(name)
-            value = fields[at] if len(fields) == len(layout.columns) else _shown(text)
-            return (
-                f"column {name!r} is not {_spoken(kind)}",
-                value,
-                "Repair or remove the line, or check that this is the right format.",
-            )
-    return f"cannot be parsed ({error})", _shown(text), "Repair or remove the line."
-
-
-def _spoken(kind: pa.DataType) -> str:
-    if pa.types.is_integer(kind):
-        bits = kind.bit_width
-        return f"a whole number of {bits} bits ({-(2 ** (bits - 1))} to {2 ** (bits - 1) - 1})"
-    return "a number" if pa.types.is_floating(kind) else f"a {kind}"
-
-
-def _shown(text: bytes) -> str:
-    shown = text.decode(errors="replace")
-    return shown if len(shown) <= 160 else shown[:160] + "..."
 
 
 def time_in_us(rows: CheckedRows, column: str, unit: str) -> pa.Array:

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from vlm_dagster.errors import SchemaError, SourceFormatError
 from vlm_dagster.events.columns import ColumnMapping
+from vlm_dagster.events.delimited import Layout
 from vlm_dagster.events.files import ByteStream, InputPath, find_files, first_line, total_size
-from vlm_dagster.events.lines import Layout, Rows, Tally, read_rows
+from vlm_dagster.events.lines import Rows, Tally, read_rows
 from vlm_dagster.events.source import BinaryLabel, OnCutLine, Progress
 from vlm_dagster.schema import FeatureGroup
 

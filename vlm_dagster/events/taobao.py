@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlm_dagster.errors import SourceFormatError
+from vlm_dagster.events.delimited import Layout
 from vlm_dagster.events.files import InputPath, find_files, first_line, total_size
-from vlm_dagster.events.lines import Layout, Tally, read_rows, time_in_us
+from vlm_dagster.events.lines import Tally, read_rows, time_in_us
 from vlm_dagster.events.source import BinaryLabel, OnCutLine, Progress, content_ids, input_schema
 from vlm_dagster.schema import FeatureGroup, Trait
 
