@@ -75,13 +75,23 @@ class Trait:
                 f"Use one of {', '.join(_TRAIT_TYPES)}.",
             )
         if self.missing is not None:
+            way_out = (
+                "Give a value of the trait's own type (for a time: UTC microseconds since 1970)."
+            )
+            what = f"trait {self.name!r}: missing={self.missing!r} is not a {self.type}"
+            if type(self.missing) not in (bool, int, float, str):
+                raise SchemaError(f"{what}, but a {type(self.missing).__name__}", way_out)
+            if isinstance(self.missing, float) and not pa.types.is_floating(self.type):
+                raise SchemaError(what, way_out)  # Arrow would cut its fraction off
             try:
                 pa.scalar(self.missing, self.type)
-            except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-                raise SchemaError(
-                    f"trait {self.name!r}: missing={self.missing!r} is not a {self.type} ({error})",
-                    "Give a value of the trait's own type.",
-                ) from None
+            except (
+                pa.ArrowInvalid,
+                pa.ArrowTypeError,
+                pa.ArrowNotImplementedError,
+                OverflowError,
+            ) as error:
+                raise SchemaError(f"{what} ({error})", way_out) from None
 
     def to_json(self) -> dict[str, Any]:
         missing: Any = self.missing

@@ -38,12 +38,18 @@ class FileInfo:
     modified_s: float
 
 
+# Azure writes `abfss://CONTAINER@ACCOUNT...`: there, what stands before the @ is no secret.
+_CONTAINER_BEFORE_AT = frozenset({"abfs", "abfss", "wasb", "wasbs"})
+
+
 def redact(uri: str) -> str:
     """The URI without user info, query and fragment, which may carry credentials."""
     if "://" not in uri:
         return uri
     parts = urlsplit(uri)
-    host = parts.netloc.rpartition("@")[2]
+    user_info, at, host = parts.netloc.rpartition("@")
+    if at and parts.scheme in _CONTAINER_BEFORE_AT:
+        host = f"{user_info.partition(':')[0]}@{host}"
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
@@ -53,7 +59,9 @@ def normalize_uri(uri: str | os.PathLike[str]) -> str:
     if text.startswith("file://"):
         text = unquote(urlsplit(text).path)
     if "://" in text:
-        if urlsplit(text).password or urlsplit(text).query:
+        parts = urlsplit(text)
+        named = parts.username and parts.scheme not in _CONTAINER_BEFORE_AT
+        if named or parts.password or parts.query or parts.fragment:
             raise TableError(
                 redact(text),
                 "the address carries credentials",
@@ -131,7 +139,10 @@ class LocalStorage:
     def scratch(self) -> Iterator[Path]:
         folder = self._root / STAGING / uuid.uuid4().hex
         try:
-            folder.mkdir(parents=True)
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise StorageError(self.uri, "making a scratch folder", error) from error
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -89,15 +89,29 @@ class WindowGrid:
         return _LENGTH_US[self.cadence]
 
     def at(self, index: int) -> Window:
-        """The window with this index."""
+        """The window with this index, or WindowError where the calendar ends (year 9999)."""
         start = index * self.length_us + _OFFSET_US[self.cadence]
-        moment = datetime.fromtimestamp(start // 1_000_000, UTC)
+        try:
+            moment = datetime.fromtimestamp(start // 1_000_000, UTC)
+        except (OverflowError, ValueError, OSError):
+            raise WindowError(
+                format_us(start), "lies beyond the calendar", "Check the unit of the time."
+            ) from None
         key = moment.strftime(_FORMAT[self.cadence])
         return Window(index, key, start, start + self.length_us)
 
     def containing(self, time_us: int) -> Window:
         """The window that an instant falls into."""
         return self.at((int(time_us) - _OFFSET_US[self.cadence]) // self.length_us)
+
+    def home_of(self, time_us: int) -> str:
+        """What to do with a row of this instant that was offered to another window."""
+        try:
+            key = self.containing(time_us).key
+            self.parse(key)
+        except WindowError:
+            return "No window can hold it: check its unit and origin"
+        return f"It belongs to window {key}: seal it there"
 
     def parse(self, key: str | Window) -> Window:
         """The window that a key names.

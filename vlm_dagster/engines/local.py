@@ -69,9 +69,11 @@ class LocalEngine:
             for batch in rows.to_arrow_reader(_ROWS_PER_BATCH):
                 if batch.num_rows:
                     yield batch.cast(schema)
-        except duckdb.Error:
+        except duckdb.Error as error:
             if failure:
                 raise failure[0] from None
+            if isinstance(error, duckdb.IOException):  # the disk that it spills to
+                raise OSError(str(error)) from error
             raise
         finally:
             connection.close()

@@ -128,7 +128,7 @@ def _refuse_outside(
         row=offset + first,
         column=clock,
         value=format_us(time_us),
-        way_out=f"It belongs to window {grid.containing(time_us).key}: seal it there{late}.",
+        way_out=f"{grid.home_of(time_us)}{late}.",
         where=where,
         num_rows=pc.sum(outside.cast(pa.int64())).as_py(),
     )

@@ -92,7 +92,7 @@ class Incoming:
             try:
                 array = array.cast(column.type)
             except pa.ArrowInvalid:
-                self._refuse_lossy_time(where, offset, column, array)
+                self._refuse_unfit_time(where, offset, column, array)
                 raise
         if array.null_count:
             if column.missing is None:
@@ -114,17 +114,21 @@ class Incoming:
             array = array.fill_null(pa.scalar(column.missing, column.type))
         return array
 
-    def _refuse_lossy_time(self, where: str, offset: int, column: Column, array: pa.Array) -> None:
+    def _refuse_unfit_time(self, where: str, offset: int, column: Column, array: pa.Array) -> None:
         cut = array.cast(column.type, safe=False)
-        lossy = pc.not_equal(cut.cast(array.type, safe=False), array)
+        unfit = pc.not_equal(cut.cast(array.type, safe=False), array)
+        if array.type.unit == "ns":
+            problem, way_out = "has more precision", "Round it to microseconds."
+        else:
+            problem, way_out = "lies further off", "Check its unit, or drop the row."
         self.refuse(
             where,
             offset,
-            lossy,
+            unfit,
             array.cast(pa.int64()),
             column.name,
-            f"has more precision than {column.type} keeps",
-            "Round it to microseconds.",
+            f"{problem} than {column.type} keeps",
+            way_out,
         )
 
     def refuse(
@@ -211,6 +215,7 @@ def _stream(rows: Rows, noun: str) -> Iterator[tuple[str, int, pa.RecordBatch]]:
         rows = rows.to_batches(max_chunksize=_BATCH_ROWS) or [_no_rows(rows.schema)]
     elif hasattr(rows, "__arrow_c_stream__"):
         rows = pa.RecordBatchReader.from_stream(rows)
+        yield "", 0, _no_rows(rows.schema)  # its columns count, even if no batch comes
     if not isinstance(rows, Iterable):
         raise SchemaError(
             f"{noun}s of type {type(rows).__name__} cannot be read",
@@ -256,7 +261,7 @@ def _parquet(path: str) -> Iterator[tuple[str, int, pa.RecordBatch]]:
                 offset += batch.num_rows
     except FileNotFoundError:
         raise SchemaError(f"there is no file {path}", "Check the path.") from None
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise SchemaError(
             f"{path} cannot be read as Parquet ({error})", "Check the file."
         ) from None
