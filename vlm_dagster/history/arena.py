@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -102,11 +103,13 @@ class BucketIndex:
         self._schema = schema
         self.user_ids = user_ids
         shape = (len(self._readers), len(user_ids))
+        self._at = np.full(shape, -1, np.int64)
         self._rows = np.zeros(shape, np.int64)
         self._counts = np.zeros(shape, np.int64)
         for i, reader in enumerate(self._readers):
             at = find_sorted(reader.users.user_ids, user_ids)
             known = at >= 0
+            self._at[i] = at
             self._rows[i, known] = reader.users.starts[at[known]]
             self._counts[i, known] = reader.users.counts[at[known]]
         self._ends = np.cumsum(self._counts, axis=0)
@@ -124,11 +127,22 @@ class BucketIndex:
             return np.zeros(len(self.user_ids), np.int64)
         return np.asarray(self._ends[num_files - 1])
 
+    def extreme(self, name: str, keep: Literal["min", "max"]) -> I64:
+        """[U] the least or greatest of what the files' indices keep about each user under
+        `name`; 0 for a user without rows."""
+        blank = np.iinfo(np.int64).max if keep == "min" else np.iinfo(np.int64).min
+        found = np.full(len(self.user_ids), blank)
+        pick = np.minimum if keep == "min" else np.maximum
+        for reader, at in zip(self._readers, self._at, strict=True):
+            some = np.flatnonzero(at >= 0)
+            found[some] = pick(found[some], reader.users.extremes[name][at[some]])
+        return np.where(found == blank, 0, found)
+
     def users(self, low: int, high: int) -> BucketIndex:
         """The index of only the users `[low, high)` of this one."""
         part = copy(self)
         part.user_ids = self.user_ids.slice(low, high - low)
-        for name in ("_rows", "_counts", "_ends"):
+        for name in ("_at", "_rows", "_counts", "_ends"):
             setattr(part, name, getattr(self, name)[:, low:high])
         return part
 

@@ -17,11 +17,14 @@ from vlm_dagster.hashing import bucket_of
 from vlm_dagster.history.arena import BucketIndex, Histories, gather
 from vlm_dagster.schema import FeatureGroup, Projection
 from vlm_dagster.sealed import SealedTable, SealedWindow, TableState, VerifyReport
+from vlm_dagster.sealed.incoming import widens
 from vlm_dagster.sealed.verify import verify
 from vlm_dagster.storage import redact
 from vlm_dagster.windows import format_us
 
 __all__ = ["Snapshot", "SnapshotRef", "prefix_digest"]
+
+I64 = npt.NDArray[np.int64]
 
 
 def prefix_digest(windows: Sequence[SealedWindow]) -> str:
@@ -212,17 +215,13 @@ class Snapshot:
 
     def _files_of(self, user_ids: pa.Array) -> list[tuple[SealedWindow, str]]:
         """The files of these users' buckets, each with its window, oldest window first."""
-        buckets = np.unique(bucket_of(user_ids, self.num_buckets))
-        files = self._table.files(self.version)
-        mine = files.filter(pc.is_in(files["bucket"], pa.array(buckets, pa.int32())))
         by_segment: dict[str, list[str]] = {}
-        for segment, path in zip(
-            mine["segment"].to_pylist(), mine["path"].to_pylist(), strict=True
-        ):
-            by_segment.setdefault(segment, []).append(path)
+        for bucket in np.unique(bucket_of(user_ids, self.num_buckets)).tolist():
+            for segment, path in self._table.files_of_bucket(self.version, bucket):
+                by_segment.setdefault(segment, []).append(path)
         return [(s, path) for s in self._covered for path in by_segment.get(s.window.segment, [])]
 
-    def count(self, user_ids: Sequence[Any] | pa.Array) -> npt.NDArray[np.int64]:
+    def count(self, user_ids: Sequence[Any] | pa.Array) -> I64:
         """[U] the number of events of each user, which is their end position; 0 if unknown."""
         return self.read(user_ids, Projection(traits=[], max_length=0)).end_positions
 
@@ -242,13 +241,11 @@ class Snapshot:
         projection = projection or Projection()
         columns = projection.columns(self.group)
         asked = _user_array(user_ids, self.group)
-        distinct = asked.unique().sort() if len(asked) else asked
+        distinct = asked.unique().sort()
         buckets = bucket_of(distinct, self.num_buckets)
-        schema = self.group.event_schema
         parts: list[Histories] = []
         for bucket in np.unique(buckets):
-            users = distinct.filter(pa.array(buckets == bucket))
-            index = self.index_of(users)
+            index = self.index_of(distinct.filter(pa.array(buckets == bucket)))
             end = index.num_events
             first = (
                 np.zeros_like(end)
@@ -256,7 +253,34 @@ class Snapshot:
                 else np.maximum(end - projection.max_length, 0)
             )
             parts.append(index.read(columns, first, end))
-        return _in_order(asked, parts, columns, schema)
+        return _in_order(asked, parts, columns, self.group.event_schema)
+
+    def read_ranges(
+        self, user_ids: pa.Array, columns: Sequence[str], first: I64, end: I64
+    ) -> Histories:
+        """The events at positions `[first[i], end[i])` of each user i: what pointers name.
+
+        Args:
+            user_ids: [U] sorted and distinct.
+            columns: stored columns, traits or not.
+            first, end: [U] positions.
+
+        Raises:
+            PinError: a history ends before `end`, so it is not the one that was pointed into.
+            CorruptFileError: a file is missing or damaged.
+        """
+        index = self.index_of(user_ids)
+        short = np.flatnonzero(index.num_events < end)
+        if len(short):
+            i = int(short[0])
+            raise PinError(
+                f"history of user {user_ids[i].as_py()!r} in {self.uri} at version {self.version}",
+                pinned=f"end position {end[i]}",
+                found=f"{index.num_events[i]} events",
+                way_out="The pointers were built on another history: read them with the "
+                "snapshot that they pin.",
+            )
+        return index.read(columns, first, end)
 
     def column_chunks(self, column: str) -> Iterator[pa.Array]:
         """All values of one column, a file at a time, windows in order."""
@@ -287,20 +311,19 @@ class Snapshot:
 def _user_array(user_ids: Sequence[Any] | pa.Array, group: FeatureGroup) -> pa.Array:
     if isinstance(user_ids, pa.ChunkedArray):
         user_ids = user_ids.combine_chunks()
+    what = f"user ids of feature group {group.name!r} are {group.user_id}"
+    way_out = "Give ids of that type."
     try:
-        array = (
-            user_ids.cast(group.user_id)
-            if isinstance(user_ids, pa.Array)
-            else pa.array(user_ids, group.user_id)
-        )
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise SchemaError(
-            f"user ids of feature group {group.name!r} are {group.user_id} ({error})",
-            "Give ids of that type.",
-        ) from None
+        array = user_ids if isinstance(user_ids, pa.Array) else pa.array(user_ids)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise SchemaError(f"{what} ({error})", way_out) from None
     if array.null_count:
         raise SchemaError("a user id is null", "Give ids only.")
-    return array
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if len(array) and array.type != group.user_id and not widens(array.type, group.user_id):
+        raise SchemaError(f"{what}, those asked for are {array.type}", way_out)
+    return array.cast(group.user_id)
 
 
 def _in_order(

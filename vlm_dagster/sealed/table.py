@@ -8,6 +8,7 @@ others find the window sealed and compare digests.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -175,6 +176,7 @@ class SealedTable:
         self._readers: dict[str, SegmentReader] = {}
         self._readers_bytes = 0
         self._files = lru_cache(maxsize=4)(self._load_files)
+        self._buckets = lru_cache(maxsize=4)(self._load_buckets)
 
     # -- opening ------------------------------------------------------------------------------
 
@@ -313,7 +315,8 @@ class SealedTable:
     def _write(
         self, window: Window, rows: Iterator[pa.RecordBatch], scratch: Path, dry: bool
     ) -> tuple[list[StagedFile], Digest, int]:
-        files: list[StagedFile] = []
+        # Files go into place only when all are finished: rows may be refused up to the last one.
+        finished: list[tuple[Path, StagedFile]] = []
         digest = Digest()
         num_users = 0
         writer: SegmentWriter | None = None
@@ -331,8 +334,7 @@ class SealedTable:
                 return
             path = f"segment={window.segment}/bucket={current}/{sha256_of(local)}.parquet"
             size = local.stat().st_size
-            self.storage.put(local, path)
-            files.append(StagedFile(path, size, current, writer.num_rows, stats))
+            finished.append((local, StagedFile(path, size, current, writer.num_rows, stats)))
 
         try:
             for batch in rows:
@@ -365,9 +367,12 @@ class SealedTable:
                 close()
         except BaseException:
             if writer is not None:
-                writer.abandon()
+                with contextlib.suppress(OSError):  # what went wrong before matters more
+                    writer.abandon()
             raise
-        return files, digest, num_users
+        for local, file in finished:
+            self.storage.put(local, file.path)
+        return [file for _, file in finished], digest, num_users
 
     def commit(self, staged: StagedWindow) -> Sealed:
         """Make a staged window visible: at most once, whoever else tries at the same time.
@@ -595,14 +600,21 @@ class SealedTable:
             }
         ).sort_by([("bucket", "ascending"), ("segment", "ascending"), ("path", "ascending")])
 
+    def files_of_bucket(self, version: int, bucket: int) -> list[tuple[str, str]]:
+        """The live files of one bucket: (segment, path) each."""
+        return self._buckets(version).get(bucket, [])
+
+    def _load_buckets(self, version: int) -> dict[int, list[tuple[str, str]]]:
+        found: dict[int, list[tuple[str, str]]] = {}
+        files = self.files(version).select(["bucket", "segment", "path"])
+        for bucket, segment, path in zip(*(c.to_pylist() for c in files.columns), strict=True):
+            found.setdefault(bucket, []).append((segment, path))
+        return found
+
     def paths(self, version: int, bucket: int, segments: Sequence[str]) -> list[str]:
         """The files of a bucket in these segments, in the order of `segments`."""
-        files = self.files(version)
-        mine = files.filter(pc.equal(files["bucket"], bucket))
         by_segment: dict[str, list[str]] = {}
-        for segment, path in zip(
-            mine["segment"].to_pylist(), mine["path"].to_pylist(), strict=True
-        ):
+        for segment, path in self.files_of_bucket(version, bucket):
             by_segment.setdefault(segment, []).append(path)
         return [path for segment in segments for path in by_segment.get(segment, [])]
 
@@ -644,6 +656,8 @@ def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 def _open_delta(uri: str, version: int | None, options: Mapping[str, str] | None) -> DeltaTable:
+    if version is not None and (not isinstance(version, int) or version < 0):
+        raise TableError(uri, f"version {version!r} is not a number from 0", "Give one, or None.")
     try:
         return DeltaTable(uri, version=version, storage_options=_hidden(options))
     except TableNotFoundError:
@@ -677,7 +691,7 @@ def _read_declaration(
     metadata = _open_delta(uri, None, options).metadata()
     try:
         declared = json.loads(metadata.description or "")["vlm"]
-        number = int(declared["format"])
+        number, found_kind = int(declared["format"]), declared["kind"]
     except (ValueError, KeyError, TypeError):
         raise TableError(
             uri,
@@ -690,10 +704,10 @@ def _read_declaration(
             f"the table has format {number}, newer than this code's {TABLE_FORMAT}",
             "Upgrade vlm-dagster.",
         )
-    if declared["kind"] != kind:
+    if found_kind != kind:
         raise TableError(
             uri,
-            f"this is a {declared['kind']} table, not a {kind} table",
+            f"this is a {found_kind} table, not a {kind} table",
             "Open it with the class of its own kind.",
         )
     return declared, str(metadata.id)

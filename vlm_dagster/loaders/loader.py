@@ -1,0 +1,405 @@
+"""SequenceLoader: epochs of batches over a pinned pointer dataset, and the place within one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from vlm_dagster.errors import PinError, SchemaError
+from vlm_dagster.history import Snapshot, SnapshotRef
+from vlm_dagster.loaders import graph
+from vlm_dagster.loaders.batch import Batch, JaggedSequence
+from vlm_dagster.loaders.materialize import UnitData, materialize
+from vlm_dagster.loaders.plan import Chunk, Unit, make_plan
+from vlm_dagster.pointers import PointerRef, PointerSnapshot
+from vlm_dagster.schema import Projection
+
+__all__ = ["SequenceLoader"]
+
+I64 = npt.NDArray[np.int64]
+
+STATE_VERSION = 1
+
+
+class SequenceLoader:
+    """Iterates over batches of examples with their histories rebuilt, in a reproducible order.
+
+    One pass of `for batch in loader` is one epoch. Each user's histories are read and decoded once
+    a unit and serve all of its examples. Every rank plans the same; chunks go to ranks in turn.
+
+    Attributes:
+        epoch: the epoch that the next pass goes over; grows by one with every pass.
+    """
+
+    def __init__(
+        self,
+        pointers: PointerRef | PointerSnapshot,
+        projections: Mapping[str, Projection],
+        batch_size: int = 256,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        uneven: Literal["keep", "drop", "repeat"] = "keep",
+        verify: Literal["always", "off"] = "always",
+        num_workers: int = 2,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+        examples_per_unit: int = 4096,
+        events_per_unit: int = 1_000_000,
+        units_per_chunk: int = 4,
+        histories: Mapping[str, str] | None = None,
+        storage_options: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            pointers: the pinned examples.
+            projections: what to read of each group; groups left out are not read.
+            batch_size: examples a batch, per rank.
+            seed: of the shuffle, together with the epoch.
+            shuffle: False goes by bucket, user and request time.
+            uneven: what happens when ranks have different numbers of batches: "keep" them (every
+                example exactly once), "drop" the surplus, or "repeat" a rank's first ones.
+            verify: recompute each pointer's checksum while reading, or not.
+            num_workers: threads that read and decode.
+            prefetch: batches ready ahead.
+            pin_memory: page-lock batches, for transfers to a GPU.
+            examples_per_unit, events_per_unit: what is read at once, at most (or one user).
+            units_per_chunk: how many units' examples are shuffled with each other; memory
+                grows with it, and so does randomness.
+            histories: where the groups' tables lie now, if they were moved since pinning.
+            storage_options: as deltalake takes them.
+
+        Raises:
+            SchemaError: an option or a projection does not fit.
+            TableError, PinError: what is pinned is gone or has changed.
+        """
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("world_size", world_size, 1),
+            ("num_workers", num_workers, 0),
+            ("prefetch", prefetch, 0),
+            ("examples_per_unit", examples_per_unit, 1),
+            ("events_per_unit", events_per_unit, 1),
+            ("units_per_chunk", units_per_chunk, 1),
+            ("seed", seed, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SchemaError(f"{name}={value!r}", f"Use an integer of {least} or more.")
+        if not 0 <= rank < world_size:
+            raise SchemaError(
+                f"rank={rank!r} with world_size={world_size}", "Ranks go from 0 to world_size - 1."
+            )
+        if uneven not in ("keep", "drop", "repeat"):
+            raise SchemaError(f"uneven={uneven!r}", "Use 'keep', 'drop' or 'repeat'.")
+        if verify not in ("always", "off"):
+            raise SchemaError(f"verify={verify!r}", "Use 'always' or 'off'.")
+        self._pointers = (
+            pointers.open(storage_options) if isinstance(pointers, PointerRef) else pointers
+        )
+        self._projections = dict(projections)
+        self._histories = open_histories(
+            self._pointers, list(self._projections), histories or {}, storage_options
+        )
+        for group, projection in self._projections.items():
+            _refuse_strings(self._histories[group], projection)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._shuffle = shuffle
+        self._uneven = uneven
+        self._verify = verify == "always"
+        self._num_workers = num_workers
+        self._prefetch = prefetch
+        self._pin_memory = pin_memory
+        self._units_per_chunk = units_per_chunk
+        self._unit_limits = (examples_per_unit, events_per_unit)
+        self._plan = make_plan(
+            self._pointers,
+            self._projections,
+            examples_per_unit=examples_per_unit,
+            events_per_unit=events_per_unit,
+        )
+        self.epoch = 0
+        self._num_done = 0
+        self._schema = self._pointers.spec.schema
+        self._columns = [
+            "user_id",
+            "request_id",
+            "request_time",
+            *(trait.name for trait in self._pointers.spec.columns),
+        ]
+
+    # -- what there is --------------------------------------------------------------------------
+
+    @property
+    def num_examples(self) -> int:
+        """The examples of an epoch, of all ranks together."""
+        return self._plan.num_examples
+
+    @property
+    def histories(self) -> dict[str, SnapshotRef]:
+        """The snapshot of each group that sequences are rebuilt from."""
+        return {group: snapshot.ref() for group, snapshot in self._histories.items()}
+
+    def __len__(self) -> int:
+        """The batches that this rank gets in the present epoch, from its beginning."""
+        return self._num_batches([c.num_examples for c in self._chunks_of_all()], self._rank)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch."""
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise SchemaError(f"epoch={epoch!r}", "Use an integer of 0 or more.")
+        self.epoch = epoch
+        self._num_done = 0
+
+    def _chunks_of_all(self) -> list[Chunk]:
+        return self._plan.chunks(
+            seed=self._seed,
+            epoch=self.epoch,
+            shuffle=self._shuffle,
+            units_per_chunk=self._units_per_chunk,
+        )
+
+    def _num_batches(self, sizes: Sequence[int], rank: int) -> int:
+        batches = [
+            -(-sum(sizes[r :: self._world_size]) // self._batch_size)
+            for r in range(self._world_size)
+        ]
+        if self._uneven == "keep":
+            return batches[rank]
+        if self._uneven == "drop":
+            return min(batches)
+        if min(batches) == 0 and max(batches) > 0:
+            raise SchemaError(
+                f"rank {batches.index(0)} of {self._world_size} has no examples to repeat",
+                "Use fewer ranks, or smaller examples_per_unit or units_per_chunk.",
+            )
+        return max(batches)
+
+    # -- iterating ------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the present epoch; the whole of it unless resumed within."""
+        chunks = self._chunks_of_all()
+        limit = self._num_batches([c.num_examples for c in chunks], self._rank)
+        mine = chunks[self._rank :: self._world_size]
+        if (
+            limit * self._batch_size > sum(c.num_examples for c in mine)
+            and self._uneven == "repeat"
+        ):
+            mine = mine * -(-limit * self._batch_size // sum(c.num_examples for c in mine))
+        skip = self._num_done * self._batch_size
+        first = 0
+        while first < len(mine) and skip >= mine[first].num_examples:
+            skip -= mine[first].num_examples
+            first += 1
+        node = graph.epoch_graph(
+            mine[first:],
+            self._read,
+            self._form,
+            batch_size=self._batch_size,
+            skip=skip,
+            num_workers=self._num_workers,
+            prefetch=self._prefetch,
+            pin_memory=self._pin_memory,
+        )
+        batches = graph.run(node)
+        try:
+            while self._num_done < limit:
+                batch = next(batches)
+                self._num_done += 1
+                yield batch
+        finally:
+            # Dropping the graph stops its threads, also after an early break.
+            del batches, node
+        self.set_epoch(self.epoch + 1)
+
+    def _read(self, chunk: Chunk) -> _Chunk:
+        units = [self._read_unit(unit) for unit in chunk.units]
+        total = sum(unit.num_examples for unit in units)
+        order = np.arange(total)
+        if self._shuffle:
+            key = np.random.SeedSequence([self._seed, self.epoch, chunk.number])
+            order = np.random.Generator(np.random.Philox(key)).permutation(total)
+        return _Chunk(units, order)
+
+    def _read_unit(self, unit: Unit) -> UnitData:
+        return materialize(
+            self._pointers,
+            self._histories,
+            self._projections,
+            unit.bucket,
+            self._plan.users_of(unit),
+            columns=self._columns,
+            verify=self._verify,
+        )
+
+    def _form(self, parts: Sequence[tuple[graph.ChunkData, I64]]) -> Batch:
+        pieces: list[tuple[UnitData, I64]] = []
+        for chunk, rows in parts:
+            assert isinstance(chunk, _Chunk)
+            pieces.extend(chunk.pieces(rows))
+        examples: dict[str, torch.Tensor] = {}
+        strings: dict[str, list[str]] = {}
+        for name in self._columns:
+            column = pa.concat_arrays([unit.examples[name].take(pa.array(r)) for unit, r in pieces])
+            if pa.types.is_string(column.type):
+                strings[name] = column.to_pylist()
+            else:
+                examples[name] = _tensor([column])
+        sequences = {}
+        for group in self._projections:
+            gathered = [unit.arenas[group].sequences(rows) for unit, rows in pieces]
+            lengths = np.concatenate([lengths for _, lengths in gathered])
+            values = {
+                name: _tensor([columns[name] for columns, _ in gathered])
+                for name in self._projections[group].columns(self._histories[group].group)
+            }
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            sequences[group] = JaggedSequence(values, torch.from_numpy(offsets))
+        return Batch(examples, sequences, strings)
+
+    # -- stopping and going on ------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that decides which batches come: pins, projections, options."""
+        facts = {
+            "pointers": self._pointers.digest,
+            "histories": {g: s.digest for g, s in sorted(self._histories.items())},
+            "projections": {g: p.to_json() for g, p in sorted(self._projections.items())},
+            "batch_size": self._batch_size,
+            "seed": self._seed,
+            "rank": self._rank,
+            "world_size": self._world_size,
+            "shuffle": self._shuffle,
+            "uneven": self._uneven,
+            "unit_limits": self._unit_limits,
+            "units_per_chunk": self._units_per_chunk,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this loader stands: after the last batch that it handed out."""
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": self.fingerprint,
+            "epoch": self.epoch,
+            "num_batches": self._num_done,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where another loader of the same data and options stood.
+
+        Raises:
+            PinError: the state was made on other data or with other options.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise PinError(
+                "loader state",
+                pinned=f"version {state.get('version')}",
+                found=f"version {STATE_VERSION}",
+                way_out="It was made by another release: use that one, or start the epoch anew.",
+            )
+        if state["fingerprint"] != self.fingerprint:
+            raise PinError(
+                "loader state",
+                pinned=state["fingerprint"],
+                found=self.fingerprint,
+                way_out="It was made on other data, projections or options, so other batches "
+                "would come: make the loader as it was, or start anew.",
+            )
+        self.set_epoch(state["epoch"])
+        self._num_done = state["num_batches"]
+
+
+class _Chunk(graph.ChunkData):
+    """Units in memory, and the order in which their examples come."""
+
+    def __init__(self, units: Sequence[UnitData], order: I64) -> None:
+        self._units = units
+        self._order = order
+        self._bases = np.cumsum([0, *(unit.num_examples for unit in units)])
+        self.num_examples = len(order)
+
+    def pieces(self, rows: I64) -> list[tuple[UnitData, I64]]:
+        """The examples at these places of the order, as rows of their units. Within a batch,
+        examples of one unit stand together: a batch is a set, and this gathers each unit once."""
+        chosen = self._order[rows]
+        of_unit = np.searchsorted(self._bases, chosen, side="right") - 1
+        return [(self._units[i], chosen[of_unit == i] - self._bases[i]) for i in np.unique(of_unit)]
+
+
+def open_histories(
+    pointers: PointerSnapshot,
+    groups: Sequence[str],
+    moved: Mapping[str, str],
+    storage_options: Mapping[str, str] | None,
+) -> dict[str, Snapshot]:
+    """The newest pinned snapshot of each group, proved to go on from every older one.
+
+    A history only grows at its end, so what holds in an older snapshot holds in the newest, provided
+    that they agree on the windows they share.
+
+    Raises:
+        PinError: the pins of a group do not go on from each other.
+    """
+    found = {}
+    pins = pointers.pins()
+    for group in groups:
+        if group not in pins:
+            raise SchemaError(
+                f"the examples have no pointers into {group!r}",
+                f"They point into {', '.join(sorted(pins))}.",
+            )
+        if not pins[group]:
+            raise SchemaError(
+                f"{pointers.uri} has no sealed window", "Seal pointers before loading them."
+            )
+        newest = max(pins[group], key=lambda pin: pin.version)
+        snapshot = newest.open(storage_options, uri=moved.get(group))
+        for pin in pins[group]:
+            if (
+                pin.table_id != newest.table_id
+                or snapshot.digest_at(pin.watermark_us) != pin.digest
+            ):
+                raise PinError(
+                    f"history {group!r} of {pointers.uri}, pinned at version {pin.version}",
+                    pinned=f"table {pin.table_id}, digest {pin.digest}",
+                    found=f"table {newest.table_id}, digest {snapshot.digest_at(pin.watermark_us)}",
+                    way_out="These windows point into histories that do not go on from each "
+                    "other: load them separately.",
+                )
+        found[group] = snapshot
+    return found
+
+
+def _refuse_strings(snapshot: Snapshot, projection: Projection) -> None:
+    schema = snapshot.group.event_schema
+    for name in projection.columns(snapshot.group):
+        if pa.types.is_string(schema.field(name).type):
+            raise SchemaError(
+                f"column {name!r} of {snapshot.group.name!r} holds strings, which are no tensor",
+                "Leave it out of the projection, or store integer codes instead.",
+            )
+
+
+def _tensor(arrays: Sequence[pa.Array]) -> torch.Tensor:
+    parts = []
+    for array in arrays:
+        if pa.types.is_timestamp(array.type):
+            array = array.cast(pa.int64())
+        parts.append(array.to_numpy(zero_copy_only=False))
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    # Arrow's memory is read-only and shared; a tensor's has to be its own.
+    return torch.from_numpy(whole if whole.flags.writeable else whole.copy())

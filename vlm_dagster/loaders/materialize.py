@@ -1,0 +1,163 @@
+"""One unit: its pointers and its histories, read and decoded once, for all of its examples.
+
+Plain functions on Arrow and numpy; neither torch nor torchdata is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from vlm_dagster.errors import ChecksumError
+from vlm_dagster.history import Histories, Snapshot
+from vlm_dagster.history.arena import gather
+from vlm_dagster.pointers import PointerSnapshot, checksum_of_ranges
+from vlm_dagster.pointers.spec import pointer_fields
+from vlm_dagster.schema import Projection
+
+__all__ = ["Arena", "UnitData", "materialize"]
+
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Arena:
+    """The decoded events of a unit's users in one group, and which of them each example sees.
+
+    Attributes:
+        columns: per trait, [N]; each user's events adjacent and oldest first.
+        starts, lengths: [P] example i sees `[starts[i], starts[i] + lengths[i])`.
+    """
+
+    columns: dict[str, pa.Array]
+    starts: I64
+    lengths: I64
+
+    def sequences(self, rows: I64) -> tuple[dict[str, pa.Array], I64]:
+        """The sequences of some examples, copied one after another: columns and lengths [R]."""
+        starts, lengths = self.starts[rows], self.lengths[rows]
+        return {n: gather(v, starts, lengths) for n, v in self.columns.items()}, lengths
+
+
+@dataclass(frozen=True)
+class UnitData:
+    """A unit in memory: P examples, by user and then by request time.
+
+    Attributes:
+        examples: per column, [P].
+        arenas: per feature group.
+    """
+
+    examples: dict[str, pa.Array]
+    arenas: dict[str, Arena]
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.examples["request_time"])
+
+
+def materialize(
+    pointers: PointerSnapshot,
+    histories: Mapping[str, Snapshot],
+    projections: Mapping[str, Projection],
+    bucket: int,
+    user_ids: pa.Array,
+    *,
+    columns: Sequence[str],
+    verify: bool,
+) -> UnitData:
+    """Read the examples of some users, and the stretches of history that they point into.
+
+    Args:
+        histories: one snapshot a group, in which all of the pointers hold.
+        projections: what to read of each group.
+        user_ids: [U] of this bucket, sorted and distinct.
+        columns: the examples' columns to return.
+        verify: recompute every pointer's checksum from the events. It spans the pointer's full
+            length, so this reads the ids of events that the projection cuts off.
+
+    Raises:
+        ChecksumError: a sequence is not the one that its pointer was made for.
+        PinError, CorruptFileError: the histories cannot be what was pinned.
+    """
+    fields = {group: pointer_fields(group) for group in projections}
+    needed = [name for names in fields.values() for name in _parts(names, verify)]
+    index = pointers.bucket_index(bucket, user_ids)
+    num_examples = index.num_events
+    read = index.read(
+        list(dict.fromkeys([*columns, *needed])), np.zeros_like(num_examples), num_examples
+    )
+    rank = np.repeat(np.arange(len(user_ids)), num_examples)
+    arenas = {}
+    for group, projection in projections.items():
+        part = {
+            name: read.columns[column].to_numpy(zero_copy_only=False)
+            for name, column in _named_parts(fields[group], verify)
+        }
+        arenas[group] = _arena(histories[group], projection, user_ids, rank, part, verify)
+    return UnitData({name: read.columns[name] for name in columns}, arenas)
+
+
+def _named_parts(names: Mapping[str, str], verify: bool) -> list[tuple[str, str]]:
+    parts = ["end_position", "length", *(["checksum"] if verify else [])]
+    return [(part, names[part]) for part in parts]
+
+
+def _parts(names: Mapping[str, str], verify: bool) -> list[str]:
+    return [column for _, column in _named_parts(names, verify)]
+
+
+def _arena(
+    snapshot: Snapshot,
+    projection: Projection,
+    user_ids: pa.Array,
+    rank: I64,
+    pointer: Mapping[str, I64],
+    verify: bool,
+) -> Arena:
+    end, full_length = pointer["end_position"], pointer["length"]
+    length = full_length
+    if projection.max_length is not None:
+        length = np.minimum(full_length, projection.max_length)
+    spanned = full_length if verify else length
+    first = np.full(len(user_ids), np.iinfo(np.int64).max)
+    last = np.zeros(len(user_ids), np.int64)
+    np.minimum.at(first, rank, end - spanned)
+    np.maximum.at(last, rank, end)
+    first = np.minimum(first, last)
+    columns = projection.columns(snapshot.group)
+    if verify:
+        columns = list(dict.fromkeys([*columns, "event_id"]))
+    read = snapshot.read_ranges(user_ids, columns, first, last)
+    base = (read.offsets[:-1] - first)[rank]
+    if verify:
+        _check(snapshot, user_ids, rank, pointer, read, first, base)
+    wanted = projection.columns(snapshot.group)
+    return Arena({name: read.columns[name] for name in wanted}, base + end - length, length)
+
+
+def _check(
+    snapshot: Snapshot,
+    user_ids: pa.Array,
+    rank: I64,
+    pointer: Mapping[str, I64],
+    read: Histories,
+    first: I64,
+    base: I64,
+) -> None:
+    positions = np.arange(read.num_events) + np.repeat(first - read.offsets[:-1], read.lengths)
+    ends = base + pointer["end_position"]
+    found = checksum_of_ranges(read.columns["event_id"], positions, ends - pointer["length"], ends)
+    bad = np.flatnonzero(found != pointer["checksum"])
+    if len(bad):
+        row = int(bad[0])
+        raise ChecksumError(
+            group=snapshot.group.name,
+            user_id=user_ids[int(rank[row])].as_py(),
+            end_position=int(pointer["end_position"][row]),
+            num_bad=len(bad),
+        )
