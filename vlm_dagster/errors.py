@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
+    "CheckpointError",
     "ChecksumError",
     "CorruptFileError",
     "InvalidEventsError",
@@ -19,6 +20,7 @@ __all__ = [
     "SourceFormatError",
     "StorageError",
     "TableError",
+    "TrainingError",
     "VlmError",
     "WatermarkError",
     "WindowError",
@@ -201,3 +203,20 @@ class StorageError(VlmError, OSError):
             f"repair access, then run the same command again; left-over files are swept."
         )
         self.uri = uri
+
+
+class CheckpointError(VlmError):
+    """A training checkpoint is missing, damaged, or written by newer code."""
+
+    def __init__(self, path: str, problem: str, way_out: str) -> None:
+        super().__init__(f"checkpoint {path}: {problem}. {way_out}")
+        self.path = path
+
+
+class TrainingError(VlmError):
+    """Training cannot go on. `step` counts optimizer steps from 1; None before the first."""
+
+    def __init__(self, problem: str, way_out: str, *, step: int | None = None) -> None:
+        at = "" if step is None else f"step {step}: "
+        super().__init__(f"{at}{problem}. {way_out}")
+        self.step = step
