@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,7 @@ class SegmentWriter:
             data_page_version="1.0",
             write_statistics=True,
             write_page_index=True,
+            write_page_checksum=True,
             sorting_columns=[
                 pq.SortingColumn(schema.get_field_index(name)) for name in sort_columns
             ],
@@ -220,9 +222,11 @@ class SegmentWriter:
         """Finish the file; returns its Delta statistics."""
         self._flush(final=True)
         users = pa.concat_batches(self._users)
+        index = _encode_users(users)
         header = {
             **self._header,
             "format": FILE_FORMAT,
+            "index_crc32": zlib.crc32(index),
             "num_rows": self.num_rows,
             "num_users": users.num_rows,
             "digest": str(self.digest),
@@ -230,7 +234,7 @@ class SegmentWriter:
         self._writer.add_key_value_metadata(
             {
                 _HEADER_KEY: json.dumps(header, sort_keys=True).encode(),
-                _USERS_KEY: _encode_users(users),
+                _USERS_KEY: index,
             }
         )
         self._writer.close()
@@ -283,16 +287,30 @@ class SegmentReader:
             raise self._corrupt(
                 "has no index of its users, so another writer must have rewritten the table"
             )
-        self.header: dict[str, Any] = json.loads(pairs[_HEADER_KEY])
+        self.header: dict[str, Any] = self._read_header(pairs[_HEADER_KEY])
         if self.header["format"] > FILE_FORMAT:
             raise TableError(
                 storage.uri,
                 f"file {path} has format {self.header['format']}, newer than this code's {FILE_FORMAT}",
                 "Upgrade vlm-dagster.",
             )
+        # Parquet checksums pages, but not its footer.
+        if zlib.crc32(pairs[_USERS_KEY]) != self.header["index_crc32"]:
+            raise self._corrupt("has a damaged index of its users")
         self.users = _decode_users(pairs[_USERS_KEY])
         sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         self._group_ends = np.cumsum(np.asarray(sizes, np.int64))
+        if int(self.users.counts.sum()) != sum(sizes):
+            raise self._corrupt("has an index that does not count its rows")
+
+    def _read_header(self, raw: bytes) -> dict[str, Any]:
+        try:
+            header: dict[str, Any] = json.loads(raw)
+            Digest.parse(header["digest"])
+            int(header["format"]), int(header["index_crc32"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._corrupt(f"has a damaged header ({error!r})") from None
+        return header
 
     def _corrupt(self, problem: str) -> CorruptFileError:
         return CorruptFileError(
@@ -338,7 +356,12 @@ class SegmentReader:
         """Read whole row groups (all by default), these columns only, in the order asked for."""
         try:
             with self._storage.open_input(self.path) as source:
-                file = pq.ParquetFile(source, metadata=self._metadata, pre_buffer=False)
+                file = pq.ParquetFile(
+                    source,
+                    metadata=self._metadata,
+                    pre_buffer=False,
+                    page_checksum_verification=True,
+                )
                 if groups is None:
                     groups = list(range(self._metadata.num_row_groups))
                 return file.read_row_groups(
