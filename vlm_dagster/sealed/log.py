@@ -113,18 +113,29 @@ class LogReader:
         self._lock = threading.Lock()
 
     def transactions(self, version: int) -> dict[str, int]:
-        """Application id -> version, as of a table version."""
+        """Application id -> version, as of a table version.
+
+        Raises:
+            FileNotFoundError: there is no such version, or its log was cleaned away.
+        """
         with self._lock:
             known_version, known = self._known
         if known_version > version or known_version < 0:
             known_version, known = self._from_checkpoint(version)
-        found = dict(known)
-        for commit in range(known_version + 1, version + 1):
-            found.update(self.commit(commit))
+        try:
+            found = self._replayed(known_version, known, version)
+        except FileNotFoundError:  # a cleanup took commits that a checkpoint stands for now
+            found = self._replayed(*self._from_checkpoint(version), version)
         with self._lock:
             if version >= self._known[0]:
                 self._known = (version, found)
         return dict(found)
+
+    def _replayed(self, base: int, known: dict[str, int], version: int) -> dict[str, int]:
+        found = dict(known)
+        for commit in range(base + 1, version + 1):
+            found.update(self.commit(commit))
+        return found
 
     def commit(self, version: int) -> dict[str, int]:
         """The application transactions of one commit. FileNotFoundError if there is none."""

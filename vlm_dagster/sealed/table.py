@@ -572,11 +572,16 @@ class SealedTable:
                 asked=asked,
                 missing=[w.key for w in state.missing_through(window)],
             )
-        # Both conditions, once true, stay true: windows are never unsealed.
+        # Both conditions, once true, stay true: windows are never unsealed. A version whose log was
+        # cleaned away is older than all that remain, and nobody can pin it: it does not count.
         low, high = 0, newest
         while low < high:
             middle = (low + high) // 2
-            if holds(at(middle)):
+            try:
+                found = holds(at(middle))
+            except FileNotFoundError:
+                found = False
+            if found:
                 high = middle
             else:
                 low = middle + 1
