@@ -1,0 +1,34 @@
+"""Factories of Dagster assets: events to histories, requests to pointers, pointers to a model.
+
+    raw events -> history_asset -> pointer_asset -> training_asset -> evaluation_asset
+                        |                |
+                 history_checks   pointer_checks          automation.py: schedule and sensor
+
+Each factory returns one ordinary `dg.AssetsDefinition`. Importing this loads no torch.
+"""
+
+from vlm_dagster.assets.automation import (
+    automation_sensor,
+    on_new_checkpoint,
+    on_new_pointers,
+    sealing_schedule,
+)
+from vlm_dagster.assets.checks import history_checks, pointer_checks
+from vlm_dagster.assets.history import history_asset
+from vlm_dagster.assets.options import OnSealed, SealConfig
+from vlm_dagster.assets.partitions import partitions_of
+from vlm_dagster.assets.pointers import pointer_asset
+
+__all__ = [
+    "OnSealed",
+    "SealConfig",
+    "automation_sensor",
+    "history_asset",
+    "history_checks",
+    "on_new_checkpoint",
+    "on_new_pointers",
+    "partitions_of",
+    "pointer_asset",
+    "pointer_checks",
+    "sealing_schedule",
+]

@@ -1,0 +1,179 @@
+"""A plain second opinion on pointers: what a history was at a time, by the definition.
+
+It shares no code with the readers and the pointer builder: the tables are read as anybody's Delta
+tables, and histories are Python lists. Slow on purpose, for samples.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from deltalake import DeltaTable
+
+from vlm_dagster.hashing import bucket_of
+from vlm_dagster.history import SnapshotRef
+from vlm_dagster.pointers import PointerSnapshot
+from vlm_dagster.windows import format_us
+
+__all__ = ["LeakageReport", "find_leaks", "newest_request_us"]
+
+Options = Mapping[str, str] | None
+Events = dict[Any, list[tuple[int, Any]]]
+
+_MAX_FILES = 8
+
+
+@dataclass(frozen=True)
+class LeakageReport:
+    """How many examples were looked at, and what is wrong with which."""
+
+    num_examples: int
+    num_events: int
+    problems: tuple[str, ...]
+
+
+def newest_request_us(snapshot: PointerSnapshot, window: str, options: Options) -> int | None:
+    """The time of a window's last request, UTC microseconds; None if it has no examples."""
+    newest: int | None = None
+    for fragment in _fragments(snapshot, [window], options):
+        times = fragment.to_table(columns=["request_time"])["request_time"].cast(pa.int64())
+        if len(times):
+            newest = max(newest or 0, pc.max(times).as_py())
+    return newest
+
+
+def find_leaks(
+    snapshot: PointerSnapshot, options: Options, *, num_examples: int, seed: int = 0
+) -> LeakageReport:
+    """Compare a sample of pointers with histories worked out by the definition.
+
+    The history behind a request is every event of that user that was available strictly before it,
+    in order of (available_at, event_id). The pointer must end exactly there, and the event that the
+    example is about must not be inside.
+
+    Args:
+        num_examples: how many to look at, at most, drawn from at most 8 files.
+        seed: of the draw.
+    """
+    sample = _sample(snapshot, options, num_examples, random.Random(seed))
+    problems: list[str] = []
+    num_events = 0
+    for group, pins in snapshot.pins().items():
+        if not sample or not pins:
+            continue
+        # Histories only grow, so the newest pin shows whatever the earlier ones do.
+        pin = max(pins, key=lambda p: p.watermark_us or 0)
+        events = _events(pin, sorted({row["user_id"] for row in sample}), options)
+        num_events += sum(len(found) for found in events.values())
+        about_event = snapshot.spec.request == "event_id" and group == snapshot.spec.target_group
+        for row in sample:
+            wrong = _problem(
+                row, group, events.get(row["user_id"], []), snapshot.spec.max_length, about_event
+            )
+            if wrong:
+                problems.append(
+                    f"user {row['user_id']!r}, request {row['request_id']!r} at "
+                    f"{format_us(row['request_time'])}, {group}: {wrong}"
+                )
+    return LeakageReport(len(sample), num_events, tuple(problems))
+
+
+def _problem(
+    row: Mapping[str, Any],
+    group: str,
+    events: Sequence[tuple[int, Any]],
+    max_length: int | None,
+    about_event: bool,
+) -> str | None:
+    end, length = row[f"{group}_end_position"], row[f"{group}_length"]
+    available = [event for event in events if event[0] < row["request_time"]]
+    if end > len(available):
+        return (
+            f"the pointer ends at position {end}, but only {len(available)} events were available "
+            f"before the request: it leaks"
+        )
+    if about_event and row["request_id"] in [
+        event_id for _, event_id in events[end - length : end]
+    ]:
+        return "the event that the example is about lies in its own history: it leaks"
+    if end < len(available):
+        return (
+            f"the pointer ends at position {end}, but {len(available)} events were available before "
+            f"the request: it is incomplete"
+        )
+    expected = end if max_length is None else min(end, max_length)
+    if length != expected:
+        return f"the pointer spans {length} events instead of {expected}"
+    return None
+
+
+def _sample(
+    snapshot: PointerSnapshot, options: Options, num_examples: int, draw: random.Random
+) -> list[dict[str, Any]]:
+    groups = snapshot.spec.groups
+    columns = [
+        "user_id",
+        "request_id",
+        "request_time",
+        *(f"{group}_{part}" for group in groups for part in ("end_position", "length")),
+    ]
+    fragments = _fragments(snapshot, [s.window.key for s in snapshot.windows], options)
+    chosen = draw.sample(fragments, min(_MAX_FILES, len(fragments)))
+    rows: list[dict[str, Any]] = []
+    for index, fragment in enumerate(chosen):
+        table = fragment.to_table(columns=columns)
+        share = -(-(num_examples - len(rows)) // (len(chosen) - index))
+        picked = draw.sample(range(table.num_rows), min(share, table.num_rows))
+        part = table.take(pa.array(sorted(picked), pa.int64()))
+        at = part.schema.get_field_index("request_time")
+        part = part.set_column(at, "request_time", part["request_time"].cast(pa.int64()))
+        rows.extend(part.to_pylist())
+    return rows
+
+
+def _events(pin: SnapshotRef, users: list[Any], options: Options) -> Events:
+    """Every event of some users that a snapshot shows, in order."""
+    table = DeltaTable(pin.uri, version=pin.version, storage_options=dict(options or {}) or None)
+    user_type = pa.schema(table.schema()).field("user_id").type
+    asked = pa.array(users, user_type)
+    buckets = pa.array(bucket_of(asked, _num_buckets(table)), pa.int32())
+    # The bucket only spares files; were it wrong, events would be missing, and the check fail.
+    wanted = ds.field("bucket").isin(buckets) & ds.field("user_id").isin(asked)
+    found = table.to_pyarrow_dataset().to_table(
+        columns=["user_id", "event_id", "available_at"], filter=wanted
+    )
+    events: Events = {}
+    columns = (
+        found["user_id"].to_pylist(),
+        found["available_at"].cast(pa.int64()).to_pylist(),
+        found["event_id"].to_pylist(),
+    )
+    for user, time_us, event_id in zip(*columns, strict=True):
+        if pin.watermark_us is not None and time_us < pin.watermark_us:
+            events.setdefault(user, []).append((time_us, event_id))
+    for own in events.values():
+        own.sort()
+    return events
+
+
+def _num_buckets(table: DeltaTable) -> int:
+    return int(json.loads(table.metadata().description)["vlm"]["num_buckets"])
+
+
+def _fragments(snapshot: PointerSnapshot, keys: list[str], options: Options) -> list[Any]:
+    segments = [s.window.segment for s in snapshot.windows if s.window.key in keys]
+    if not segments:
+        return []
+    table = DeltaTable(
+        snapshot.uri, version=snapshot.version, storage_options=dict(options or {}) or None
+    )
+    wanted = ds.field("segment").isin(segments)
+    fragments = table.to_pyarrow_dataset().get_fragments(filter=wanted)
+    return sorted(fragments, key=lambda fragment: str(fragment.path))
