@@ -1,0 +1,1 @@
+"""Benchmarks: programs, never tests. `make bench` runs them; the last line is one JSON object."""
