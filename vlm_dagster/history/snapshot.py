@@ -187,9 +187,19 @@ class Snapshot:
         mark = self.watermark_us
         return mark is not None and time_us <= mark
 
-    def files(self) -> pa.Table:
-        """The files behind this snapshot: path, segment, bucket, num_rows, size_bytes."""
+    @property
+    def windows_past_watermark(self) -> list[SealedWindow]:
+        """Windows that are sealed at this version but not shown, because one before is missing."""
+        shown = {sealed.window.index for sealed in self._covered}
+        sealed = sorted(self._state.sealed.items())
+        return [found for index, found in sealed if index not in shown]
+
+    def files(self, *, past_watermark: bool = False) -> pa.Table:
+        """The files behind this snapshot: path, segment, bucket, num_rows, size_bytes; with
+        `past_watermark` also those of sealed windows that it does not show."""
         files = self._table.files(self.version)
+        if past_watermark:
+            return files
         return files.filter(pc.is_in(files["segment"], pa.array(self._segments, pa.string())))
 
     def verify(

@@ -46,7 +46,7 @@ from vlm_dagster.sealed.log import (
 from vlm_dagster.storage import normalize_uri, open_storage
 from vlm_dagster.windows import Window, WindowGrid, format_us
 
-__all__ = ["TABLE_FORMAT", "Sealed", "SealedTable", "StagedWindow", "TableSpec"]
+__all__ = ["TABLE_FORMAT", "Sealed", "SealedTable", "StagedWindow", "TableSpec", "table_kind"]
 
 TABLE_FORMAT = 1
 _MAX_COMMIT_TRIES = 50
@@ -690,13 +690,32 @@ def _open_delta(uri: str, version: int | None, options: Mapping[str, str] | None
         raise StorageError(uri, "opening the table", error) from error
 
 
+def table_kind(uri: str, options: Mapping[str, str] | None) -> str:
+    """What kind of sealed table lies there: "history" or "pointers"; TableError if none does."""
+    declared, _ = _read_any_declaration(uri, options)
+    return str(declared["kind"])
+
+
 def _read_declaration(
     uri: str, kind: str, options: Mapping[str, str] | None
+) -> tuple[dict[str, Any], str]:
+    declared, table_id = _read_any_declaration(uri, options)
+    if declared["kind"] != kind:
+        raise TableError(
+            uri,
+            f"this is a {declared['kind']} table, not a {kind} table",
+            "Open it with the class of its own kind.",
+        )
+    return declared, table_id
+
+
+def _read_any_declaration(
+    uri: str, options: Mapping[str, str] | None
 ) -> tuple[dict[str, Any], str]:
     metadata = _open_delta(uri, None, options).metadata()
     try:
         declared = json.loads(metadata.description or "")["vlm"]
-        number, found_kind = int(declared["format"]), declared["kind"]
+        number, _ = int(declared["format"]), declared["kind"]
     except (ValueError, KeyError, TypeError):
         raise TableError(
             uri,
@@ -708,11 +727,5 @@ def _read_declaration(
             uri,
             f"the table has format {number}, newer than this code's {TABLE_FORMAT}",
             "Upgrade vlm-dagster.",
-        )
-    if found_kind != kind:
-        raise TableError(
-            uri,
-            f"this is a {found_kind} table, not a {kind} table",
-            "Open it with the class of its own kind.",
         )
     return declared, str(metadata.id)

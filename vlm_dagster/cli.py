@@ -1,0 +1,180 @@
+"""The command line. It reads arguments and prints; the work is in `vlm_dagster.commands`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vlm_dagster.errors import VlmError
+
+app = typer.Typer(
+    name="vlm-dagster",
+    help="Versioned late materialization for recommender training.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,  # locals may hold credentials
+)
+
+Uri = Annotated[str, typer.Argument(help="A history table, a pointer dataset or a checkpoint.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--storage-option", help="KEY=VALUE, as deltalake takes it; repeat for more."),
+]
+Version = Annotated[int | None, typer.Option(help="A Delta version; the newest if not given.")]
+
+
+def _console(stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    uri: Uri,
+    version: Version = None,
+    window: Annotated[str | None, typer.Option(help="Only this window, with its files.")] = None,
+    all_windows: Annotated[bool, typer.Option("--all", help="Show every window.")] = False,
+    as_json: AsJson = False,
+    storage_option: Options = None,
+) -> None:
+    """Show what a table or a checkpoint holds: windows, watermark, bytes, digests, pins."""
+    from vlm_dagster.commands.inspect import describe, show
+    from vlm_dagster.commands.opening import open_any, parse_storage_options
+
+    opened = open_any(uri, parse_storage_options(storage_option or []))
+    facts = describe(opened, version, window)
+    if as_json:
+        _print_json(facts)
+    else:
+        show(facts, _console(), max_windows=sys.maxsize if all_windows else 20)
+
+
+@app.command()
+def lineage(
+    uri: Uri,
+    files: Annotated[bool, typer.Option(help="Name every file, too.")] = False,
+    as_json: AsJson = False,
+    storage_option: Options = None,
+) -> None:
+    """Trace a checkpoint or a pointer dataset back to the versions and bytes it was made from."""
+    from vlm_dagster.commands.lineage import show_lineage, trace
+    from vlm_dagster.commands.opening import open_any, parse_storage_options
+
+    options = parse_storage_options(storage_option or [])
+    found = trace(open_any(uri, options), files=files, storage_options=options)
+    if as_json:
+        _print_json(found)
+    else:
+        show_lineage(found, _console())
+
+
+@app.command()
+def verify(
+    uri: Uri,
+    version: Version = None,
+    deep: Annotated[bool, typer.Option(help="Recompute digests from every row.")] = False,
+    as_json: AsJson = False,
+    storage_option: Options = None,
+) -> None:
+    """Check that all files are what was sealed; ends with 1 if any is not."""
+    from vlm_dagster.commands.opening import open_any, parse_storage_options
+    from vlm_dagster.commands.verify import verify_all
+
+    options = parse_storage_options(storage_option or [])
+    opened = open_any(uri, options)
+    with Progress(
+        TextColumn("verifying"),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+        console=_console(stderr=True),
+    ) as bar:
+        task = bar.add_task("verifying", total=None)
+        found = verify_all(
+            opened,
+            version=version,
+            deep=deep,
+            storage_options=options,
+            progress=lambda num_bytes: bar.advance(task, num_bytes),
+        )
+    if as_json:
+        _print_json(
+            {
+                "ok": found.ok,
+                "problems": list(found.problems),
+                "tables": [
+                    {"uri": r.uri, "version": r.version, "num_files": r.num_files,
+                     "num_bytes": r.num_bytes, "num_rows": r.num_rows}
+                    for r in found.reports
+                ],
+            }
+        )  # fmt: skip
+    else:
+        console = _console()
+        for report in found.reports:
+            console.print(
+                f"{report.uri} at version {report.version}: {report.num_windows:,} windows, "
+                f"{report.num_files:,} files, {report.num_bytes:,} bytes checked"
+            )
+        for problem in found.problems:
+            console.print(f"[red]{problem}[/red]")
+        console.print("[green]intact[/green]" if found.ok else "[red]not intact[/red]")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sweep(
+    uri: Annotated[str, typer.Argument(help="A history table or a pointer dataset.")],
+    older_than_hours: Annotated[
+        float, typer.Option(help="Spare younger files: a sealer may be about to commit them.")
+    ] = 24.0,
+    delete: Annotated[bool, typer.Option(help="Delete them; otherwise only list them.")] = False,
+    storage_option: Options = None,
+) -> None:
+    """List, or delete, files that killed processes left behind and no version names."""
+    from vlm_dagster.commands.opening import CheckpointFolder, open_any, parse_storage_options
+    from vlm_dagster.errors import TableError
+
+    opened = open_any(uri, parse_storage_options(storage_option or []))
+    if isinstance(opened, CheckpointFolder):
+        raise TableError(uri, "this is a checkpoint", "Only tables are swept.")
+    found = opened.sweep(older_than_s=older_than_hours * 3600, dry_run=not delete)
+    console = _console()
+    for info in found:
+        console.print(f"{info.path}  {info.size:,} bytes")
+    total = sum(info.size for info in found)
+    done = "deleted" if delete else "would be deleted (--delete)"
+    console.print(f"{len(found):,} files, {total:,} bytes {done}")
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def main() -> None:
+    """Run the command line; our own errors print as one message, without a traceback."""
+    try:
+        app()
+    except VlmError as error:
+        _console(stderr=True).print(f"[red]error:[/red] {_escaped(str(error))}")
+        if os.environ.get("VLM_TRACEBACK"):
+            raise
+        sys.exit(1)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _home() -> Path:
+    return Path(os.environ.get("VLM_HOME", ".vlm"))
