@@ -70,4 +70,6 @@ def open_loader(
         world_size=world.size,
         shuffle=shuffle,
         num_workers=config.num_workers,
+        uneven="keep",  # every example exactly once; the training loop copes with unequal ranks
+        pin_memory=world.device.type == "cuda",
     )

@@ -25,7 +25,6 @@ from torch import Tensor
 from vlm_dagster.errors import TrainingError, VlmError
 from vlm_dagster.models.hstu import HSTU
 from vlm_dagster.models.inputs import ModelInputs
-from vlm_dagster.pointers import PointerRef
 from vlm_dagster.training.checkpoint import Checkpoint, load_checkpoint, write_json
 from vlm_dagster.training.config import TrainingConfig
 from vlm_dagster.training.features import to_model_inputs
@@ -308,14 +307,14 @@ def evaluate_checkpoint(
             f"the config's model {config.model} is not the checkpoint's {trained}",
             "Evaluate with the config of the training run; only eval options may differ.",
         )
-    num_examples = PointerRef.from_json(config.eval_pointers).open().num_examples
+    loader = open_loader(config.eval_pointers, config, world, shuffle=False)
     result = evaluate(
         checkpoint.model.to(world.device),
         checkpoint.vocabulary,
-        open_loader(config.eval_pointers, config, world, shuffle=False),
+        loader,
         config,
         world=world,
-        num_examples=num_examples,
+        num_examples=loader.num_examples,
         on_batch=on_batch,
     )
     return {

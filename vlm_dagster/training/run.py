@@ -96,6 +96,7 @@ def run(config: TrainingConfig, world: World, stop: StopRequest, reporter: Repor
     folder = Path(config.checkpoint_dir)
     summary, model, vocabulary = _train(config, world, stop, reporter)
     if summary.num_steps and world.rank == 0:
+        (folder / EVALUATION).unlink(missing_ok=True)  # it is about the checkpoint before
         manifest = save_checkpoint(
             folder,
             model,
