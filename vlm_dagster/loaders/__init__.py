@@ -1,13 +1,30 @@
 """The loader: from pointers to batches of rebuilt sequences, just before the model needs them.
 
-plan.py         which users' examples are read together, in which order, by which rank
-materialize.py  one unit: read pointers and histories once, check them, know every range
-batch.py        what a training step gets
-graph.py        the torchdata graph: plan -> read in parallel -> cut into batches -> prefetch
-loader.py       SequenceLoader, which owns the epochs and the position within one
+    plan.py         which users' examples are read together, in which order, by which rank
+    materialize.py  one unit: read pointers and histories once, check them, know every range
+    batch.py        what a training step gets
+    graph.py        the torchdata graph: plan -> read in parallel -> cut into batches -> prefetch
+    loader.py       SequenceLoader, which owns the epochs and the position within one
+
+The first two need Arrow and numpy only, so importing this package does not import torch.
 """
 
-from vlm_dagster.loaders.batch import Batch, JaggedSequence
-from vlm_dagster.loaders.loader import SequenceLoader
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm_dagster.loaders.batch import Batch, JaggedSequence
+    from vlm_dagster.loaders.loader import SequenceLoader
 
 __all__ = ["Batch", "JaggedSequence", "SequenceLoader"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SequenceLoader":
+        from vlm_dagster.loaders.loader import SequenceLoader
+
+        return SequenceLoader
+    if name in ("Batch", "JaggedSequence"):
+        from vlm_dagster.loaders import batch
+
+        return getattr(batch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
