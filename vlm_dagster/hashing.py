@@ -51,7 +51,12 @@ def mix64(words: U64) -> U64:
 
 def _combined(array: pa.Array | pa.ChunkedArray) -> pa.Array:
     if isinstance(array, pa.ChunkedArray):
-        return array.chunk(0) if array.num_chunks == 1 else pa.concat_arrays(array.chunks)
+        if array.num_chunks == 1:
+            array = array.chunk(0)
+        else:
+            array = pa.concat_arrays(array.chunks) if array.num_chunks else array.combine_chunks()
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
     return array
 
 

@@ -95,6 +95,11 @@ class PointerSpec:
             raise SchemaError(
                 f"duplicates={self.duplicates!r} is unknown", "Use 'refuse' or 'first'."
             )
+        for what, kind in (("user_id", self.user_id), ("request_id", self.request_id)):
+            if kind not in (pa.int64(), pa.string()):
+                raise SchemaError(
+                    f"pointer dataset {self.name!r} has {what} type {kind}", "Use int64 or string."
+                )
         if self.target_group not in self.groups:
             raise SchemaError(
                 f"target_group={self.target_group!r} is not among the groups {list(self.groups)}",
