@@ -51,7 +51,9 @@ integer_ids = st.one_of(
 string_ids = st.one_of(
     st.text(max_size=4),
     st.text(max_size=40),
-    st.sampled_from(["", " ", "\x00", "a", "a\x00", "ä", "a\u0308", "\U0001d518", "user-12345678", "'\"/%"]),
+    st.sampled_from(
+        ["", " ", "\x00", "a", "a\x00", "ä", "a\u0308", "\U0001d518", "user-12345678", "'\"/%"]
+    ),
 )
 offsets = st.one_of(
     st.integers(0, 3), st.sampled_from([0, 1, DAY_US - 1]), st.integers(0, DAY_US - 1)
