@@ -14,21 +14,29 @@ from vlm_dagster.assets.automation import (
     sealing_schedule,
 )
 from vlm_dagster.assets.checks import history_checks, pointer_checks
+from vlm_dagster.assets.evaluation import EvaluateRunConfig, evaluation_asset
 from vlm_dagster.assets.history import history_asset
+from vlm_dagster.assets.landing import landing_asset
 from vlm_dagster.assets.options import OnSealed, SealConfig
 from vlm_dagster.assets.partitions import partitions_of
 from vlm_dagster.assets.pointers import pointer_asset
+from vlm_dagster.assets.training import TrainRunConfig, training_asset
 
 __all__ = [
+    "EvaluateRunConfig",
     "OnSealed",
     "SealConfig",
+    "TrainRunConfig",
     "automation_sensor",
+    "evaluation_asset",
     "history_asset",
     "history_checks",
+    "landing_asset",
     "on_new_checkpoint",
     "on_new_pointers",
     "partitions_of",
     "pointer_asset",
     "pointer_checks",
     "sealing_schedule",
+    "training_asset",
 ]

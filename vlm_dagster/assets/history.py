@@ -44,7 +44,7 @@ def history_asset(
     group_name: str | None = None,
     code_version: str | None = None,
     description: str | None = None,
-    kinds: Iterable[str] = ("delta", "parquet"),
+    kinds: Iterable[str] = ("deltalake", "parquet"),
     owners: Sequence[str] = (),
     tags: Mapping[str, str] | None = None,
 ) -> dg.AssetsDefinition:

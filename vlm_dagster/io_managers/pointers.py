@@ -26,6 +26,10 @@ class VlmPointerIOManager(TableIOManager):
         """The dataset of an asset that was sealed before."""
         return PointerDataset.open(self.table_uri(asset_key), storage_options=self.options)
 
+    def dataset_at(self, ref: PointerRef) -> PointerDataset:
+        """The dataset that a ref names."""
+        return PointerDataset.open(ref.uri, storage_options=self.options)
+
     def create_dataset(
         self,
         asset_key: dg.AssetKey,
