@@ -9,7 +9,7 @@ from pathlib import Path
 from vlm_dagster.errors import TableError
 from vlm_dagster.history import HistoryStore
 from vlm_dagster.pointers import PointerDataset
-from vlm_dagster.sealed.table import table_kind
+from vlm_dagster.sealed.opening import table_kind
 from vlm_dagster.storage import normalize_uri
 from vlm_dagster.training.checkpoint import MANIFEST, Manifest, read_manifest
 

@@ -11,7 +11,7 @@ from vlm_dagster.errors import VlmError
 from vlm_dagster.history import HistoryStore, Snapshot, SnapshotRef
 from vlm_dagster.pointers import PointerDataset, PointerRef, PointerSnapshot
 from vlm_dagster.sealed import VerifyReport
-from vlm_dagster.sealed.files import sha256_of
+from vlm_dagster.sealed.writer import sha256_of
 
 __all__ = ["Verified", "verify_all"]
 

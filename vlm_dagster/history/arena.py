@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vlm_dagster.sealed.files import SegmentReader
+from vlm_dagster.sealed.reader import SegmentReader
 
 __all__ = ["BucketIndex", "Histories", "gather"]
 

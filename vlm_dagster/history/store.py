@@ -12,7 +12,14 @@ from vlm_dagster.errors import SchemaError
 from vlm_dagster.history.snapshot import Snapshot
 from vlm_dagster.history.validate import validated_events
 from vlm_dagster.schema import FeatureGroup
-from vlm_dagster.sealed import Sealed, SealedTable, SealedWindow, StagedWindow, TableSpec
+from vlm_dagster.sealed import (
+    Sealed,
+    SealedTable,
+    SealedWindow,
+    StagedWindow,
+    TableSpec,
+    commit_window,
+)
 from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
 from vlm_dagster.sealed.sweep import DEFAULT_GRACE_S, sweep
@@ -143,7 +150,7 @@ class HistoryStore:
 
     def commit(self, staged: StagedWindow) -> Sealed:
         """The second half of `seal`: make a staged window visible, at most once."""
-        return self._table.commit(staged)
+        return commit_window(self._table, staged)
 
     # -- versions -----------------------------------------------------------------------------
 
@@ -161,7 +168,7 @@ class HistoryStore:
 
     def version_sealing(self, window: str | Window) -> int:
         """The version that sealed a window."""
-        return self._table.version_sealing(self.grid.parse(window))
+        return self._table.versions.sealing(self.grid.parse(window))
 
     def version_covering(self, window: str | Window) -> int:
         """The first version whose watermark covers a window; it never changes once there is one.
@@ -169,12 +176,12 @@ class HistoryStore:
         Raises:
             WatermarkError: an earlier window, or this one, is not sealed yet.
         """
-        return self._table.version_covering(self.grid.parse(window))
+        return self._table.versions.covering(self.grid.parse(window))
 
     def versions_covering(self, windows: Collection[str | Window]) -> dict[str, int]:
         """`version_covering` of many windows, by key, in one pass over the log."""
         parsed = [self.grid.parse(window) for window in windows]
-        return self._table.versions_covering(parsed)
+        return self._table.versions.all_covering(parsed)
 
     def sweep(
         self, *, older_than_s: float = DEFAULT_GRACE_S, dry_run: bool = True

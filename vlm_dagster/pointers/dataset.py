@@ -28,6 +28,7 @@ from vlm_dagster.sealed import (
     StagedWindow,
     TableSpec,
     TableState,
+    commit_window,
 )
 from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
@@ -382,7 +383,7 @@ class PointerDataset:
 
     def commit(self, staged: StagedWindow) -> Sealed:
         """The second half of `seal`: make a staged window visible, at most once."""
-        return self._table.commit(staged)
+        return commit_window(self._table, staged)
 
     def _snapshots(self, histories: Mapping[str, Snapshot | SnapshotRef]) -> dict[str, Snapshot]:
         if set(histories) != set(self.spec.groups):
@@ -426,11 +427,11 @@ class PointerDataset:
 
     def version_sealing(self, window: str | Window) -> int:
         """The version that sealed a window."""
-        return self._table.version_sealing(self.grid.parse(window))
+        return self._table.versions.sealing(self.grid.parse(window))
 
     def versions_sealing(self, windows: Collection[str | Window]) -> dict[str, int]:
         """`version_sealing` of many windows, by key, in one pass over the log."""
-        return self._table.versions_sealing([self.grid.parse(window) for window in windows])
+        return self._table.versions.all_sealing([self.grid.parse(window) for window in windows])
 
     def snapshot(
         self, windows: Sequence[str] | None = None, version: int | None = None

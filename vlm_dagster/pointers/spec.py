@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from vlm_dagster.errors import SchemaError
 from vlm_dagster.schema import TIME_TYPE, Trait, check_name
-from vlm_dagster.sealed.files import Extreme
+from vlm_dagster.sealed.users import Extreme
 
 __all__ = ["PointerSpec", "pointer_fields"]
 

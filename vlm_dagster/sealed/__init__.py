@@ -1,19 +1,28 @@
 """Sealed tables: Delta tables whose windows are written once. Histories and pointers are both one.
 
-    rows -> sorted files (files.py) -> one commit under the window's lock (table.py)
-                                           |
-    state at a version <- application transactions in the log (log.py)
+    spec.py       what a table is declared to hold        opening.py    the Delta table behind it
+    incoming.py   what users hand over, checked           duplicates.py the policy for repeated ids
+    staging.py    sorted rows -> files in place           writer.py, users.py   one file, its index
+    commit.py     one transaction, under the window's lock
+    log.py        what is sealed at a version             versions.py   which version sealed what
+    reader.py     rows and columns of one file            table.py      all of it, as one table
+    verify.py     are the files what was sealed?          sweep.py      what killed processes left
 
 A sealed table is partitioned by (`segment`, `bucket`), each file sorted by (user, time, id), with an
 index of its users in the footer.
 """
 
-from vlm_dagster.sealed.files import StagedFile, UserIndex
+from vlm_dagster.sealed.commit import Sealed, commit_window
 from vlm_dagster.sealed.log import SealedWindow, TableState
-from vlm_dagster.sealed.table import Sealed, SealedTable, StagedWindow, TableSpec
+from vlm_dagster.sealed.spec import TableSpec
+from vlm_dagster.sealed.staging import StagedWindow
+from vlm_dagster.sealed.table import SealedTable
+from vlm_dagster.sealed.users import Extreme, UserIndex
 from vlm_dagster.sealed.verify import VerifyReport
+from vlm_dagster.sealed.writer import StagedFile
 
 __all__ = [
+    "Extreme",
     "Sealed",
     "SealedTable",
     "SealedWindow",
@@ -23,4 +32,5 @@ __all__ = [
     "TableState",
     "UserIndex",
     "VerifyReport",
+    "commit_window",
 ]

@@ -1,0 +1,173 @@
+"""The second half of sealing: one Delta transaction makes a staged window visible, at most once.
+
+It carries the window's lock, a Delta application transaction. Of processes that race, the log lets
+exactly one through; the others find the window sealed and compare digests.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.transaction import AddAction
+
+from vlm_dagster.errors import CorruptFileError, StorageError, TableError, WindowSealedError
+from vlm_dagster.sealed.log import START_ID, SealedWindow, TableState, facts_id, lock_id
+from vlm_dagster.sealed.staging import StagedWindow
+from vlm_dagster.sealed.table import SealedTable
+from vlm_dagster.windows import Window
+
+__all__ = ["Sealed", "commit_window"]
+
+_MAX_TRIES = 50
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """The outcome of sealing.
+
+    Attributes:
+        version: the Delta version that sealed the window (an earlier one if it was reused).
+        digest: the digest of the window's content.
+        reused: the window was sealed already, with the same content; nothing was changed.
+        num_duplicates: rows dropped as duplicates under the declared policy.
+        num_bytes: of the files written now; 0 if reused.
+    """
+
+    window: Window
+    version: int
+    digest: str
+    num_events: int
+    num_users: int
+    num_duplicates: int
+    num_bytes: int
+    reused: bool
+
+
+def commit_window(table: SealedTable, staged: StagedWindow) -> Sealed:
+    """Make a staged window visible: at most once, whoever else tries at the same time.
+
+    Raises:
+        WindowSealedError: it is sealed with other content.
+        CorruptFileError: a staged file is gone.
+        StorageError: the commit could not be written.
+    """
+    if staged.table_id != table.table_id:
+        raise TableError(
+            table.uri,
+            f"the window was staged for table {staged.table_id}, but this is {table.table_id}",
+            "Stage it again.",
+        )
+    window = staged.window
+    problem: BaseException | None = None
+    for attempt in range(_MAX_TRIES):
+        handle = table.handle()
+        state = table.state_of(handle)
+        if window.index in state.sealed:
+            return _reuse(table, staged, state.sealed[window.index])
+        table.check_window(window, state)
+        if staged.already_sealed:
+            raise TableError(
+                table.uri,
+                f"window {window.key} was sealed when it was staged, but is not any more",
+                "Stage it again.",
+            )
+        _check_in_place(table, staged)
+        try:
+            _commit_once(table, handle, staged, state)
+        except CommitFailedError as error:
+            # Somebody committed since the handle was opened: look again.
+            problem = error
+            time.sleep(min(0.002 * 2**attempt, 0.25))
+            continue
+        except (DeltaError, OSError) as error:
+            raise StorageError(table.uri, f"committing window {window.key}", error) from error
+        return _committed(table, staged, int(handle.version()))
+    raise StorageError(
+        table.uri,
+        f"committing window {window.key} ({_MAX_TRIES} tries, others kept winning)",
+        problem or RuntimeError("no try was made"),
+    )
+
+
+def _commit_once(
+    table: SealedTable, handle: DeltaTable, staged: StagedWindow, state: TableState
+) -> None:
+    window = staged.window
+    facts = {"key": window.key, "digest": staged.digest, **staged.facts}
+    locks = [Transaction(lock_id(window), 1), Transaction(facts_id(window, 1, facts), 1)]
+    if state.start is None:
+        locks.append(Transaction(START_ID, window.index))
+    now_ms = int(time.time() * 1000)
+    handle.create_write_transaction(
+        [
+            AddAction(
+                file.path,
+                file.size,
+                {"segment": window.segment, "bucket": str(file.bucket)},
+                now_ms,
+                True,
+                file.stats,
+            )
+            for file in staged.files
+        ],
+        "append",
+        table.spec.delta_schema,
+        ["segment", "bucket"],
+        commit_properties=CommitProperties(
+            app_transactions=locks,
+            custom_metadata={
+                "vlm.window": window.key,
+                "vlm.digest": staged.digest,
+                "vlm.num_rows": str(staged.num_rows),
+            },
+        ),
+    )
+
+
+def _check_in_place(table: SealedTable, staged: StagedWindow) -> None:
+    # The Delta commit does not look whether its files exist.
+    for file in staged.files:
+        size = table.storage.size(file.path)
+        if size != file.size:
+            found = "is missing" if size is None else f"has {size} bytes, not {file.size}"
+            raise CorruptFileError(
+                table=table.uri,
+                path=file.path,
+                version=None,
+                problem=f"{found}, so window {staged.window.key} was not committed",
+            )
+
+
+def _committed(table: SealedTable, staged: StagedWindow, base: int) -> Sealed:
+    lock = lock_id(staged.window)
+    for version, transactions in table.log.commits_after(base):
+        if lock in transactions:
+            return _sealed(staged, version, staged.digest, reused=False)
+    raise AssertionError(f"{table.uri}: the commit of {lock} is not in the log")
+
+
+def _reuse(table: SealedTable, staged: StagedWindow, found: SealedWindow) -> Sealed:
+    if found.digest != staged.digest:
+        raise WindowSealedError(
+            table=table.uri,
+            window=found.window.key,
+            sealed=found.digest,
+            offered=staged.digest,
+        )
+    return _sealed(staged, table.versions.sealing(found.window), found.digest, reused=True)
+
+
+def _sealed(staged: StagedWindow, version: int, digest: str, reused: bool) -> Sealed:
+    return Sealed(
+        window=staged.window,
+        version=version,
+        digest=digest,
+        num_events=staged.num_rows,
+        num_users=staged.num_users,
+        num_duplicates=staged.num_duplicates,
+        num_bytes=0 if reused else staged.num_bytes,
+        reused=reused,
+    )

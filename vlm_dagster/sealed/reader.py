@@ -1,0 +1,131 @@
+"""Reading a segment file: its index at once, and then only the rows and columns asked for."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlm_dagster.errors import CorruptFileError, TableError
+from vlm_dagster.hashing import Digest
+from vlm_dagster.sealed.users import decode_users
+from vlm_dagster.sealed.writer import FILE_FORMAT, HEADER_KEY, USERS_KEY
+from vlm_dagster.storage import Storage
+
+__all__ = ["SegmentReader"]
+
+I64 = npt.NDArray[np.int64]
+
+
+class SegmentReader:
+    """Reads one committed file. Safe to share between threads: every read opens its own handle.
+
+    Raises CorruptFileError, which names the file, when it is missing, cut short or not ours.
+    """
+
+    def __init__(self, storage: Storage, path: str, version: int | None = None) -> None:
+        self._storage = storage
+        self.path = path
+        self._version = version
+        try:
+            with storage.open_input(path) as source:
+                self._metadata = pq.read_metadata(source)
+        except FileNotFoundError:
+            raise self._corrupt("is missing") from None
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
+            raise self._corrupt(f"cannot be read as Parquet ({error})") from error
+        pairs = self._metadata.metadata or {}
+        if HEADER_KEY not in pairs or USERS_KEY not in pairs:
+            raise self._corrupt(
+                "has no index of its users, so another writer must have rewritten the table"
+            )
+        self.header: dict[str, Any] = self._read_header(pairs[HEADER_KEY])
+        if self.header["format"] > FILE_FORMAT:
+            raise TableError(
+                storage.uri,
+                f"file {path} has format {self.header['format']}, newer than this code's {FILE_FORMAT}",
+                "Upgrade vlm-dagster.",
+            )
+        # Parquet checksums pages, but not its footer.
+        if zlib.crc32(pairs[USERS_KEY]) != self.header["index_crc32"]:
+            raise self._corrupt("has a damaged index of its users")
+        self.users = decode_users(pairs[USERS_KEY])
+        sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+        self._group_ends = np.cumsum(np.asarray(sizes, np.int64))
+        if int(self.users.counts.sum()) != sum(sizes):
+            raise self._corrupt("has an index that does not count its rows")
+
+    def _read_header(self, raw: bytes) -> dict[str, Any]:
+        try:
+            header: dict[str, Any] = json.loads(raw)
+            Digest.parse(header["digest"])
+            int(header["format"]), int(header["index_crc32"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._corrupt(f"has a damaged header ({error!r})") from None
+        return header
+
+    def _corrupt(self, problem: str) -> CorruptFileError:
+        return CorruptFileError(
+            table=self._storage.uri, path=self.path, version=self._version, problem=problem
+        )
+
+    @property
+    def digest(self) -> Digest:
+        return Digest.parse(self.header["digest"])
+
+    @property
+    def num_bytes(self) -> int:
+        """What this object holds in memory, roughly."""
+        return self.users.num_bytes + int(self._metadata.serialized_size)
+
+    def read_rows(self, columns: Sequence[str], starts: I64, counts: I64) -> tuple[pa.Table, I64]:
+        """Read row ranges.
+
+        Args:
+            columns: the columns to read; no other one is decoded.
+            starts: [R] first row of each range, in ascending order.
+            counts: [R] rows of each range.
+
+        Returns:
+            A table of the row groups that the ranges touch, and [R] where each range begins in it.
+        """
+        wanted = counts > 0
+        first = np.searchsorted(self._group_ends, starts[wanted], side="right")
+        last = np.searchsorted(self._group_ends, starts[wanted] + counts[wanted] - 1, side="right")
+        touched = np.zeros(len(self._group_ends) + 1, np.int64)
+        np.add.at(touched, first, 1)
+        np.add.at(touched, last + 1, -1)
+        chosen = np.cumsum(touched[:-1]) > 0
+        sizes = np.diff(self._group_ends, prepend=0)
+        skipped = np.cumsum(np.where(chosen, 0, sizes))
+        table = self.read_groups(columns, np.flatnonzero(chosen).tolist())
+        group_of = np.searchsorted(self._group_ends, starts, side="right")
+        group_of = np.minimum(group_of, max(len(sizes) - 1, 0))
+        moved = starts - (skipped[group_of] if len(sizes) else 0)
+        return table, np.where(wanted, moved, 0)
+
+    def read_groups(self, columns: Sequence[str], groups: list[int] | None = None) -> pa.Table:
+        """Read whole row groups (all by default), these columns only, in the order asked for."""
+        try:
+            with self._storage.open_input(self.path) as source:
+                file = pq.ParquetFile(
+                    source,
+                    metadata=self._metadata,
+                    pre_buffer=False,
+                    page_checksum_verification=True,
+                )
+                if groups is None:
+                    groups = list(range(self._metadata.num_row_groups))
+                return file.read_row_groups(
+                    groups, columns=list(columns), use_threads=False
+                ).select(list(columns))
+        except FileNotFoundError:
+            raise self._corrupt("is missing") from None
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
+            raise self._corrupt(f"cannot be read ({error})") from error

@@ -1,0 +1,73 @@
+"""The index in a file's footer: its users, how many rows each has, and where these begin."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+__all__ = ["Extreme", "UserIndex", "decode_users", "encode_users"]
+
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class UserIndex:
+    """Which rows of a file are whose.
+
+    Attributes:
+        user_ids: [U] ascending.
+        counts, starts: [U] user i has rows `[starts[i], starts[i] + counts[i])`, oldest first.
+        extremes: what the table's owner keeps about each user beside, [U] each: the least or
+            greatest value of a quantity over the user's rows.
+    """
+
+    user_ids: pa.Array
+    counts: I64
+    starts: I64
+    extremes: dict[str, I64]
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.user_ids.nbytes) + (2 + len(self.extremes)) * self.counts.nbytes
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """A quantity of a row whose least ("min") or greatest ("max") is kept for every user: the
+    value of column `plus`, less that of column `minus` if given."""
+
+    name: str
+    keep: Literal["min", "max"]
+    plus: str
+    minus: str | None = None
+
+    def of(self, rows: pa.RecordBatch, user_starts: I64) -> I64:
+        """[U] over runs of rows that begin at `user_starts`."""
+        values = rows.column(self.plus).to_numpy(zero_copy_only=False)
+        if self.minus is not None:
+            values = values - rows.column(self.minus).to_numpy(zero_copy_only=False)
+        reduce = np.minimum if self.keep == "min" else np.maximum
+        return np.asarray(reduce.reduceat(values, user_starts), np.int64)
+
+
+def encode_users(users: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(
+        sink, users.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as writer:
+        writer.write_batch(users)
+    return base64.b64encode(sink.getvalue())
+
+
+def decode_users(raw: bytes) -> UserIndex:
+    (batch,) = pa.ipc.open_stream(base64.b64decode(raw))
+    columns = {
+        name: batch.column(name).to_numpy().astype(np.int64) for name in batch.schema.names[1:]
+    }
+    counts = columns.pop("num_rows")
+    return UserIndex(batch.column("user_id"), counts, np.cumsum(counts) - counts, columns)
