@@ -4,7 +4,8 @@ requests -> validate.py -> (engine sorts) -> build.py -> sealed files -> dataset
 """
 
 from vlm_dagster.pointers.checksum import checksum_of_ranges
-from vlm_dagster.pointers.dataset import PointerDataset, PointerRef, PointerSnapshot
+from vlm_dagster.pointers.dataset import PointerDataset
+from vlm_dagster.pointers.snapshot import PointerRef, PointerSnapshot
 from vlm_dagster.pointers.spec import PointerSpec
 
 __all__ = [

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vlm_dagster.engines import Engine
 from vlm_dagster.engines.local import LocalEngine
 from vlm_dagster.errors import InvalidRequestsError, PinError, SchemaError, WindowError
-from vlm_dagster.history.arena import BucketIndex
-from vlm_dagster.history.snapshot import Snapshot, SnapshotRef, prefix_digest
+from vlm_dagster.history.snapshot import Snapshot, SnapshotRef
 from vlm_dagster.history.store import check_num_buckets
 from vlm_dagster.pointers.build import PointerBuilder
+from vlm_dagster.pointers.snapshot import PointerRef, PointerSnapshot, pins_of_window
 from vlm_dagster.pointers.spec import PointerSpec
 from vlm_dagster.pointers.validate import check_watermarks, validated_requests
 from vlm_dagster.schema import Trait
@@ -33,182 +30,10 @@ from vlm_dagster.sealed import (
 from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
 from vlm_dagster.sealed.sweep import DEFAULT_GRACE_S, sweep
-from vlm_dagster.sealed.verify import VerifyReport, verify
-from vlm_dagster.storage import FileInfo, redact
+from vlm_dagster.storage import FileInfo
 from vlm_dagster.windows import Cadence, Window, WindowGrid
 
-__all__ = ["PointerDataset", "PointerRef", "PointerSnapshot"]
-
-
-@dataclass(frozen=True)
-class PointerRef:
-    """A pin: names some windows of a pointer dataset at one version.
-
-    Picklable and JSON-able; holds no credentials.
-
-    Attributes:
-        windows: their keys, oldest first.
-        digest: `prefix_digest` of these windows.
-        pins: the distinct history snapshots that these windows point into.
-    """
-
-    uri: str
-    table_id: str
-    version: int
-    windows: tuple[str, ...]
-    digest: str
-    pins: tuple[SnapshotRef, ...]
-
-    def open(
-        self, storage_options: Mapping[str, str] | None = None, *, uri: str | None = None
-    ) -> PointerSnapshot:
-        """Open the pinned windows, refusing anything that is not them.
-
-        Raises:
-            TableError: the dataset or the version is gone.
-            PinError: what lies there is another dataset, or holds other content.
-        """
-        dataset = PointerDataset.open(uri or self.uri, storage_options=storage_options)
-        if dataset.table_id != self.table_id:
-            raise PinError(
-                f"pointer dataset {dataset.uri}",
-                pinned=f"table id {self.table_id}",
-                found=f"table id {dataset.table_id}",
-                way_out="The dataset was recreated since; restore the pinned one.",
-            )
-        snapshot = dataset.snapshot(windows=self.windows, version=self.version)
-        if snapshot.digest != self.digest:
-            raise PinError(
-                f"pointer dataset {dataset.uri} at version {self.version}",
-                pinned=f"digest {self.digest}",
-                found=f"digest {snapshot.digest}",
-                way_out="Its log was altered; restore it from a copy.",
-            )
-        return snapshot
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "uri": redact(self.uri),
-            "table_id": self.table_id,
-            "version": self.version,
-            "windows": list(self.windows),
-            "digest": self.digest,
-            "pins": [pin.to_json() for pin in self.pins],
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> PointerRef:
-        return cls(
-            uri=value["uri"],
-            table_id=value["table_id"],
-            version=value["version"],
-            windows=tuple(value["windows"]),
-            digest=value["digest"],
-            pins=tuple(SnapshotRef.from_json(pin) for pin in value["pins"]),
-        )
-
-
-class PointerSnapshot:
-    """Some windows of a pointer dataset at one version: what an epoch of training goes over."""
-
-    def __init__(
-        self, table: SealedTable, spec: PointerSpec, version: int, windows: list[SealedWindow]
-    ) -> None:
-        self._table = table
-        self.spec = spec
-        self.version = version
-        self.windows = windows
-        self._segments = [sealed.window.segment for sealed in windows]
-
-    @property
-    def uri(self) -> str:
-        return self._table.uri
-
-    @property
-    def num_buckets(self) -> int:
-        return self._table.spec.num_buckets
-
-    @property
-    def num_examples(self) -> int:
-        return sum(sealed.num_rows for sealed in self.windows)
-
-    @cached_property
-    def digest(self) -> str:
-        """One digest of all examples of these windows."""
-        return prefix_digest(self.windows)
-
-    def pins_of(self, window: str) -> dict[str, SnapshotRef]:
-        """The history snapshots, by group, that one window points into."""
-        for sealed in self.windows:
-            if sealed.window.key == window:
-                return _pins(sealed)
-        raise WindowError(window, f"not among the windows of {self.uri} read here", "Name one.")
-
-    def pins(self) -> dict[str, tuple[SnapshotRef, ...]]:
-        """The distinct history snapshots of each group, oldest version first."""
-        found: dict[str, set[SnapshotRef]] = {group: set() for group in self.spec.groups}
-        for sealed in self.windows:
-            for group, pin in _pins(sealed).items():
-                found[group].add(pin)
-        return {
-            group: tuple(sorted(pins, key=lambda p: (p.version, p.uri)))
-            for group, pins in found.items()
-        }
-
-    def ref(self) -> PointerRef:
-        """The pin that names these windows."""
-        return PointerRef(
-            uri=self.uri,
-            table_id=self._table.table_id,
-            version=self.version,
-            windows=tuple(sealed.window.key for sealed in self.windows),
-            digest=self.digest,
-            pins=tuple(pin for pins in self.pins().values() for pin in pins),
-        )
-
-    def files(self) -> pa.Table:
-        """The files behind these windows: path, segment, bucket, num_rows, size_bytes."""
-        files = self._table.files(self.version)
-        return files.filter(pc.is_in(files["segment"], pa.array(self._segments, pa.string())))
-
-    def users_of_bucket(self, bucket: int) -> pa.Array:
-        """The users with an example in a bucket, sorted and distinct."""
-        paths = self._table.paths(self.version, bucket, self._segments)
-        found = [self._table.reader(path, self.version).users.user_ids for path in paths]
-        if not found:
-            return pa.array([], self.spec.user_id)
-        return pa.concat_arrays(found).unique().sort()
-
-    def bucket_index(self, bucket: int, user_ids: pa.Array) -> BucketIndex:
-        """Where the examples of these users (sorted, distinct, all of this bucket) lie; each
-        user's examples stand in order of request time."""
-        paths = self._table.paths(self.version, bucket, self._segments)
-        readers = [self._table.reader(path, self.version) for path in paths]
-        return BucketIndex(readers, user_ids, self.spec.schema)
-
-    def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """All examples, window by window; sorted by (bucket, user, time) within each."""
-        names = list(columns or self.spec.schema.names)
-        schema = pa.schema([self.spec.schema.field(name) for name in names])
-        files = self.files()
-        by_segment: dict[str, list[str]] = {}
-        for segment, path in zip(
-            files["segment"].to_pylist(), files["path"].to_pylist(), strict=True
-        ):
-            by_segment.setdefault(segment, []).append(path)
-        tables = [
-            self._table.reader(path, self.version).read_groups(names).cast(schema)
-            for segment in self._segments
-            for path in by_segment.get(segment, [])
-        ]
-        return pa.concat_tables(tables) if tables else schema.empty_table()
-
-    def verify(
-        self, *, deep: bool = False, progress: Callable[[int], None] | None = None
-    ) -> VerifyReport:
-        """Check that the files are what was sealed; see `vlm_dagster.sealed.verify`."""
-        keys = {sealed.window.key for sealed in self.windows}
-        return verify(self._table, self.version, windows=keys, deep=deep, progress=progress)
+__all__ = ["PointerDataset"]
 
 
 class PointerDataset:
@@ -471,10 +296,6 @@ class PointerDataset:
         return sweep(self._table, older_than_s=older_than_s, dry_run=dry_run)
 
 
-def _pins(sealed: SealedWindow) -> dict[str, SnapshotRef]:
-    return {group: SnapshotRef.from_json(pin) for group, pin in sealed.facts["pins"].items()}
-
-
 def _check_same_histories(
     uri: str,
     sealed: SealedWindow,
@@ -483,7 +304,7 @@ def _check_same_histories(
 ) -> None:
     """A sealed window may be sealed again with a later snapshot only if that goes on from the
     pinned one: the pointers would be equal, but not what they point at."""
-    for group, pin in _pins(sealed).items():
+    for group, pin in pins_of_window(sealed).items():
         snapshot = snapshots[group]
         here = snapshot.ref()
         mark, pinned = pin.watermark_us, pin.digest
