@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Reporter", "open_reporter"]
 
 _EVERY_S = 2.0  # a line of progress at most so often
-_MESSAGE_EVERY_S = 10.0  # and a message to Dagster, which stores each one as an event
+_LOG_EVERY_S = 10.0  # and a log line to Dagster, which stores each one as an event
 
 
 class Reporter:
@@ -36,7 +36,7 @@ class Reporter:
     def __init__(self, *, enabled: bool, pipes: PipesContext | None) -> None:
         self._enabled = enabled
         self._pipes = pipes
-        self._line_at = self._message_at = float("-inf")
+        self._line_at = self._logged_at = float("-inf")
         self._metadata: dict[str, Any] = {}
         self._digest: str | None = None
 
@@ -59,11 +59,13 @@ class Reporter:
         if not self._enabled or now - self._line_at < _EVERY_S:
             return
         self._line_at = now
-        to_dagster = now - self._message_at >= _MESSAGE_EVERY_S
+        # The launching asset draws its curve from these; Dagster does not store them.
+        self._message(
+            "progress", {name: getattr(report, name) for name in report.__dataclass_fields__}
+        )
+        to_dagster = now - self._logged_at >= _LOG_EVERY_S
         if to_dagster:
-            self._message_at = now
-            values = {name: getattr(report, name) for name in report.__dataclass_fields__}
-            self._message("progress", values)
+            self._logged_at = now
         label = "" if report.label_loss is None else f", label loss {report.label_loss:.4f}"
         self.say(
             f"step {report.step:,} (epoch {report.epoch}, {report.seconds:.0f} s): "
