@@ -109,7 +109,7 @@ def evaluation_asset(
             manager = io_manager_of(context, pointer_io_manager_key, VlmPointerIOManager)
             manifest = read_manifest(checkpoint.folder)
             windows = _eval_windows(pointers, manifest, config)
-            chosen = manager.dataset_at(pointers).ref(windows, pointers.version)
+            chosen = manager.part_of(pointers, windows)
             evaluation = TrainingConfig.from_json(
                 {
                     **manifest.training_config,
@@ -134,7 +134,6 @@ def evaluation_asset(
             data_version=dg.DataVersion(_digest(result)),
             metadata={
                 **reported,
-                **_flat_figures(result),
                 "summary": dg.MetadataValue.md(evaluation_table(result)),
                 "windows": f"{windows[0]} to {windows[-1]} ({len(windows)})",
                 "checkpoint": dg.MetadataValue.json(checkpoint.to_json()),
@@ -208,14 +207,6 @@ def _result(path: Path, checkpoint: CheckpointRef) -> dict[str, Any]:
             "Another run evaluated or trained into the same folder meanwhile: evaluate again.",
         )
     return result
-
-
-def _flat_figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures that the UI plots over materializations."""
-    figures: dict[str, Any] = dict(result["model"])
-    if result.get("label"):
-        figures["ne"] = result["label"]["ne"]
-    return {name: value for name, value in figures.items() if value is not None}
 
 
 def _digest(result: Mapping[str, Any]) -> str:

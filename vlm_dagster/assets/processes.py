@@ -6,6 +6,7 @@ The code location never imports torch; these processes do.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def run_module(
     )
     context.log.info(f"starting {what}: {' '.join(command)}")
     try:
-        return client.run(context=context, command=list(command))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dg.PreviewWarning)  # Dagster's own use of its preview
+            return client.run(context=context, command=list(command))
     except DagsterPipesExecutionError as error:
         raise dg.Failure(
             description=(

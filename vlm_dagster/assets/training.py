@@ -130,7 +130,7 @@ def training_asset(
                 )
             snapshot = pointers.open(manager.options)
             train = _train_windows(snapshot, config, eval_share)
-            chosen = manager.dataset_at(pointers).ref(train, pointers.version)
+            chosen = manager.part_of(pointers, train)
             folder = checkpoints.folder(context.asset_key, context.run.run_id)
             training = TrainingConfig.from_json(
                 {
@@ -163,7 +163,7 @@ def training_asset(
                 **({"loss": dg.MetadataValue.md(curve)} if curve else {}),
                 "inputs": dg.MetadataValue.md(inputs_table(chosen)),
                 "pins": pins_value({"pointers": chosen.to_json()}),
-                "training_config": dg.MetadataValue.json(training.to_json()),
+                "training_config": dg.MetadataValue.json(_options_of(training)),
                 "training_config_digest": training.digest,
             },
         )
@@ -236,6 +236,13 @@ def num_held_out(counts: Sequence[int], share: float) -> int:
         if held >= wanted:
             return number if sum(counts) > held else 0
     return 0
+
+
+def _options_of(config: TrainingConfig) -> dict[str, Any]:
+    """A config without its pins, which have an entry of their own."""
+    return {
+        k: v for k, v in config.to_json().items() if k not in ("train_pointers", "eval_pointers")
+    }
 
 
 def _written(folder: Path, config: TrainingConfig) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import dagster as dg
 
 from vlm_dagster.errors import WindowError
@@ -26,9 +28,10 @@ class VlmPointerIOManager(TableIOManager):
         """The dataset of an asset that was sealed before."""
         return PointerDataset.open(self.table_uri(asset_key), storage_options=self.options)
 
-    def dataset_at(self, ref: PointerRef) -> PointerDataset:
-        """The dataset that a ref names."""
-        return PointerDataset.open(ref.uri, storage_options=self.options)
+    def part_of(self, ref: PointerRef, windows: Sequence[str]) -> PointerRef:
+        """A pin of some of a ref's windows, at the version that sealed the newest of them."""
+        dataset = PointerDataset.open(ref.uri, storage_options=self.options)
+        return _pinned(dataset, windows)
 
     def create_dataset(
         self,
@@ -83,5 +86,8 @@ class VlmPointerIOManager(TableIOManager):
                     f"{context.asset_key.to_user_string()} are not sealed and are left out: "
                     f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}"
                 )
-            version = max(dataset.versions_sealing(present).values())
-            return dataset.ref(present, version)
+            return _pinned(dataset, present)
+
+
+def _pinned(dataset: PointerDataset, windows: Sequence[str]) -> PointerRef:
+    return dataset.ref(windows, max(dataset.versions_sealing(windows).values()))
