@@ -70,6 +70,10 @@ def normalize_uri(uri: str | os.PathLike[str]) -> str:
         return text.rstrip("/")
     if not text or re.search(r"[\x00\n]", text):
         raise TableError(repr(text), "not a path", "Give a folder or a URL.")
+    if unquote(text) != text:
+        raise TableError(
+            text, "the path holds what Delta takes for an escape (%XX)", "Rename the folder."
+        )
     return str(Path(text).absolute())
 
 

@@ -53,7 +53,7 @@ def create_delta(uri: str, spec: TableSpec, options: Mapping[str, str] | None) -
 
 
 def open_delta(uri: str, version: int | None, options: Mapping[str, str] | None) -> DeltaTable:
-    if version is not None and (not isinstance(version, int) or version < 0):
+    if version is not None and (not isinstance(version, int) or not 0 <= version < 2**63):
         raise TableError(uri, f"version {version!r} is not a number from 0", "Give one, or None.")
     try:
         return DeltaTable(uri, version=version, storage_options=plain(options))

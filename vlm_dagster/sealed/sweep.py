@@ -57,7 +57,7 @@ def _named_in_log(table: SealedTable, found: list[FileInfo]) -> set[str]:
                     named.add(unquote(action["path"]))
         elif path.endswith(".parquet"):
             with table.storage.open_input(path) as source:
-                actions = pq.read_table(source, columns=["add.path", "remove.path"])
+                actions = pq.ParquetFile(source).read(columns=["add.path", "remove.path"])
             for kind in ("add", "remove"):
                 for action in actions.column(kind).drop_null().to_pylist():
                     if action["path"] is not None:
