@@ -5,7 +5,7 @@ It is about one data set, described by the file demo.json in VLM_HOME (`./.vlm` 
 its assets with the same factories: see examples/.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -43,8 +43,18 @@ _OWNERS = ["team:recommendations"]
 _LABEL = "label"
 
 
-def demo_definitions(settings: DemoSettings, home: Path) -> dg.Definitions:
-    """The whole pipeline over one data set, with all its files under `home`."""
+def _nothing(stage: str) -> None:
+    pass
+
+
+def demo_definitions(
+    settings: DemoSettings, home: Path, *, on_window: Callable[[str], None] = _nothing
+) -> dg.Definitions:
+    """The whole pipeline over one data set, with all its files under `home`.
+
+    Args:
+        on_window: told "sealing histories" or "building pointers" for every window begun.
+    """
     landing = home / "landing"
     group = settings.group
     partitions = partitions_of(settings.cadence, settings.first_window, settings.end_window)
@@ -59,6 +69,7 @@ def demo_definitions(settings: DemoSettings, home: Path) -> dg.Definitions:
     )
 
     def events(window: Window) -> list[str]:
+        on_window("sealing histories")
         return Landing.open(landing).events(window)
 
     history = history_asset(
@@ -72,6 +83,7 @@ def demo_definitions(settings: DemoSettings, home: Path) -> dg.Definitions:
     )
 
     def requests(window: Window) -> Iterator[pa.RecordBatch]:
+        on_window("building pointers")
         return _requests(Landing.open(landing).events(window), settings)
 
     pointers = pointer_asset(
