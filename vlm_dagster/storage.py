@@ -107,6 +107,10 @@ class Storage(Protocol):
         """Move a finished local file into place, durably and in one step."""
         ...
 
+    def put_new(self, data: bytes, path: str) -> bool:
+        """Write a small file in one step, unless there is one; returns whether it was written."""
+        ...
+
 
 class LocalStorage:
     """A folder of this machine (or a mount)."""
@@ -167,6 +171,25 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(self.uri, f"writing {path}", error) from error
 
+    def put_new(self, data: bytes, path: str) -> bool:
+        target = self._root / path
+        whole = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with whole.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(whole, target)  # unlike a rename, it never replaces
+            except FileExistsError:
+                return False
+            finally:
+                whole.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(self.uri, f"writing {path}", error) from error
+        return True
+
 
 class ObjectStorage:
     """An object store (S3, GCS, Azure, ...) through obstore, with deltalake's own options."""
@@ -222,6 +245,17 @@ class ObjectStorage:
         except Exception as error:
             raise StorageError(self.uri, f"writing {path}", error) from error
         local.unlink()
+
+    def put_new(self, data: bytes, path: str) -> bool:
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            self._store.put(path, data, mode="create")
+        except AlreadyExistsError:
+            return False
+        except Exception as error:
+            raise StorageError(self.uri, f"writing {path}", error) from error
+        return True
 
 
 def open_storage(uri: str, options: Mapping[str, str] | None = None) -> Storage:

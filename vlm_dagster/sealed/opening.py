@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import time
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from deltalake import DeltaTable
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from vlm_dagster.errors import StorageError, TableError
 from vlm_dagster.sealed.spec import TABLE_FORMAT, TableSpec
+from vlm_dagster.storage import open_storage
 
 __all__ = ["create_delta", "open_delta", "plain", "read_declaration", "table_kind"]
 
-_MAX_CREATE_TRIES = 50
+FIRST_COMMIT = f"_delta_log/{0:020d}.json"
 _CONFIGURATION = {
     # A backstop against other writers; the lock is what makes a window write-once.
     "delta.appendOnly": "true",
@@ -32,24 +34,35 @@ def plain(options: Mapping[str, str] | None) -> dict[str, str] | None:
 
 
 def create_delta(uri: str, spec: TableSpec, options: Mapping[str, str] | None) -> None:
-    """Create the Delta table, unless there is one."""
-    for attempt in range(_MAX_CREATE_TRIES):
-        try:
+    """Create the Delta table, unless there is one.
+
+    Of processes that create it at the same instant, exactly one does. deltalake's own `create` is no
+    such thing: with every mode, a racing creation may commit a second declaration as version 1, and
+    the table changes its id and its buckets. So it writes the first commit elsewhere, and that
+    goes into place here only if there is none.
+    """
+    try:
+        if DeltaTable.is_deltatable(uri, plain(options)):
+            return
+        with tempfile.TemporaryDirectory(prefix="vlm-create-") as folder:
             DeltaTable.create(
-                uri,
+                folder,
                 schema=spec.delta_schema,
-                mode="ignore",
                 partition_by=["segment", "bucket"],
                 name=spec.name,
                 description=json.dumps({"vlm": spec.to_json()}, sort_keys=True),
                 configuration=dict(_CONFIGURATION),
-                storage_options=plain(options),
             )
-            return
-        except CommitFailedError:  # somebody else created it at the same instant
-            time.sleep(0.01 * attempt)
-        except (DeltaError, OSError) as error:
-            raise StorageError(uri, "creating the table", error) from error
+            actions = [
+                json.loads(line) for line in Path(folder, FIRST_COMMIT).read_text().splitlines()
+            ]
+    except (DeltaError, OSError) as error:
+        raise StorageError(uri, "creating the table", error) from error
+    for action in actions:
+        if "commitInfo" in action:
+            action["commitInfo"]["operationParameters"]["location"] = uri
+    lines = (json.dumps(action, separators=(",", ":")) for action in actions)
+    open_storage(uri, options).put_new("\n".join(lines).encode(), FIRST_COMMIT)
 
 
 def open_delta(uri: str, version: int | None, options: Mapping[str, str] | None) -> DeltaTable:
