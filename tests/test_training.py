@@ -24,8 +24,8 @@ from vlm_dagster.models import HSTU, CategoricalTrait, HSTUConfig, ModelInputs
 from vlm_dagster.training.checkpoint import load_checkpoint, read_manifest
 from vlm_dagster.training.config import TrainingConfig
 from vlm_dagster.training.data import open_loader, train_vocabulary
-from vlm_dagster.training.evaluate import EVALUATION, evaluate, evaluate_checkpoint
 from vlm_dagster.training.evaluate import main as evaluate_main
+from vlm_dagster.training.evaluation import EVALUATION, evaluate, evaluate_checkpoint
 from vlm_dagster.training.features import to_model_inputs
 from vlm_dagster.training.loop import StepReport, train
 from vlm_dagster.training.run import main as run_main
@@ -516,10 +516,21 @@ def test_a_run_reports_to_dagster_through_pipes(config: TrainingConfig, tmp_path
 @pytest.mark.slow
 def test_training_never_loads_dagster() -> None:
     code = (
-        "import sys, vlm_dagster.training.run\n"
+        "import sys, vlm_dagster.training.session\n"
         "assert 'dagster' not in sys.modules, 'dagster was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_commands_choose_how_threads_wait_before_torch_loads() -> None:
+    code = (
+        "import sys, os, vlm_dagster.training.run as run, vlm_dagster.training.evaluate\n"
+        "assert 'torch' not in sys.modules and 'OMP_WAIT_POLICY' not in os.environ\n"
+        "run.main(['--config', 'none.json'])\n"
+        "assert os.environ['OMP_WAIT_POLICY'] == 'passive'"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 # -- the config ---------------------------------------------------------------------------------

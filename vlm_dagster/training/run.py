@@ -11,124 +11,13 @@ SIGTERM it finishes the step, writes the checkpoint and exits with 128 + the sig
 from __future__ import annotations
 
 import argparse
-import platform
-import random
-import signal
-import sys
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Sequence
 
-import numpy as np
-import torch
-
-from vlm_dagster.errors import VlmError
-from vlm_dagster.models.hstu import HSTU
-from vlm_dagster.models.inputs import ModelInputs
-from vlm_dagster.training.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-    write_json,
-)
 from vlm_dagster.training.config import TrainingConfig
-from vlm_dagster.training.data import open_loader, train_vocabulary
-from vlm_dagster.training.evaluate import EVALUATION, evaluate_checkpoint
-from vlm_dagster.training.features import to_model_inputs
+from vlm_dagster.training.entry import run_command
 from vlm_dagster.training.interrupt import StopRequest
-from vlm_dagster.training.loop import TrainingSummary, train
-from vlm_dagster.training.reporting import Reporter, open_reporter
-from vlm_dagster.training.vocabulary import Vocabulary
-from vlm_dagster.training.world import World, open_world
 
-__all__ = ["main", "run"]
-
-
-class _StopEvaluationError(Exception):
-    """Raised to leave an evaluation."""
-
-
-def _environment(world: World) -> dict[str, object]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "vlm_dagster": version("vlm-dagster"),
-        "device": world.device.type,
-        "num_ranks": world.size,
-        "num_threads": torch.get_num_threads(),
-    }
-
-
-def _seed(seed: int, rank: int) -> None:
-    # Ranks share their initial weights through DDP, but must not drop the same units.
-    random.seed(seed + rank)
-    np.random.seed((seed + rank) % 2**32)
-    torch.manual_seed(seed + rank)
-
-
-def _train(
-    config: TrainingConfig, world: World, stop: StopRequest, reporter: Reporter
-) -> tuple[TrainingSummary, HSTU, Vocabulary]:
-    reporter.say("counting the items of the training windows")
-    vocabulary = train_vocabulary(config)
-    reporter.say(
-        f"{vocabulary.size - 1:,} items from {int(vocabulary.counts.sum()):,} events; training on "
-        f"{world.size} x {world.device.type}"
-    )
-    loader = open_loader(config.train_pointers, config, world, shuffle=True)
-
-    def batches_of(epoch: int) -> Iterator[ModelInputs]:
-        loader.set_epoch(epoch)
-        for batch in loader:
-            yield to_model_inputs(batch, vocabulary, config)
-
-    _seed(config.seed, world.rank)
-    model = HSTU(config.model, vocabulary.size).to(world.device)
-    summary = train(model, batches_of, config, world=world, stop=stop, on_step=reporter.step)
-    return summary, model, vocabulary
-
-
-def run(config: TrainingConfig, world: World, stop: StopRequest, reporter: Reporter) -> int:
-    """Train, save, evaluate. Every rank calls it. Returns the signal that stopped it, or 0.
-
-    Raises:
-        VlmError: see the parts; nothing half-written is left behind.
-    """
-    folder = Path(config.checkpoint_dir)
-    summary, model, vocabulary = _train(config, world, stop, reporter)
-    if summary.num_steps and world.rank == 0:
-        (folder / EVALUATION).unlink(missing_ok=True)  # it is about the checkpoint before
-        manifest = save_checkpoint(
-            folder,
-            model,
-            vocabulary,
-            config,
-            metrics=summary.to_json(),
-            environment=_environment(world),
-        )
-        reporter.trained(summary, manifest, folder)
-    world.barrier()  # the others read what the first has written
-    if summary.stopped_by == "interrupt":
-        saved = (
-            f"the checkpoint in {folder} is complete" if summary.num_steps else "nothing was saved"
-        )
-        reporter.say(f"stopped by a signal after {summary.num_steps:,} steps; {saved}")
-        return stop.signal or signal.SIGINT
-    if config.eval_pointers is not None:
-
-        def on_batch(num_examples: int) -> None:
-            if stop.requested:
-                raise _StopEvaluationError
-            reporter.evaluating(num_examples)
-
-        try:
-            result = evaluate_checkpoint(load_checkpoint(folder), config, world, on_batch=on_batch)
-        except _StopEvaluationError:
-            reporter.say(f"evaluation stopped by a signal; the checkpoint in {folder} is complete")
-            return stop.signal or signal.SIGINT
-        if world.rank == 0:
-            write_json(folder / EVALUATION, result)
-            reporter.evaluated(result, folder / EVALUATION)
-    return 0
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,21 +25,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlm_dagster.training.run")
     parser.add_argument("--config", required=True, help="JSON file of a TrainingConfig")
     args = parser.parse_args(argv)
-    try:
+
+    def body() -> int:
         config = TrainingConfig.load(args.config)
-        with (
-            StopRequest() as stop,
-            open_world(config.device, num_threads=config.num_threads) as world,
-            open_reporter(world) as reporter,
-        ):
-            stopped = run(config, world, stop, reporter)
-    except VlmError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted at once; the checkpoint, if any, is the one from before\n")
-        return 128 + signal.SIGINT
-    return 128 + stopped if stopped else 0
+        with StopRequest() as stop:
+            from vlm_dagster.training.reporting import open_reporter
+            from vlm_dagster.training.session import run
+            from vlm_dagster.training.world import open_world
+
+            with (
+                open_world(config.device, num_threads=config.num_threads) as world,
+                open_reporter(world) as reporter,
+            ):
+                stopped = run(config, world, stop, reporter)
+        return 128 + stopped if stopped else 0
+
+    return run_command(body)
 
 
 if __name__ == "__main__":
