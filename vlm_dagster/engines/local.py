@@ -72,8 +72,9 @@ class LocalEngine:
         except duckdb.Error as error:
             if failure:
                 raise failure[0] from None
-            if isinstance(error, duckdb.IOException):  # the disk that it spills to
-                raise OSError(str(error)) from error
+            # The disk that it spills to failed, or is full.
+            if isinstance(error, (duckdb.IOException, duckdb.OutOfMemoryException)):
+                raise OSError(f"sorting failed: {str(error).splitlines()[0]}") from error
             raise
         finally:
             connection.close()
