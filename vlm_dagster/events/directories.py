@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from vlm_dagster.errors import StorageError, VlmError
 
-__all__ = ["building", "put_in_place"]
+__all__ = ["alone", "building", "put_in_place"]
 
 
 def _prefix(target: Path) -> str:
@@ -29,7 +31,7 @@ def building(target: Path) -> Iterator[Path]:
     prefix = _prefix(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f"{prefix}*"):
+        for left in target.parent.glob(f"{glob.escape(prefix)}*"):
             if not _is_alive(left.name.removeprefix(prefix).partition("-")[0]):
                 shutil.rmtree(left, ignore_errors=True)
         folder = target.parent / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
@@ -44,6 +46,19 @@ def building(target: Path) -> Iterator[Path]:
         raise StorageError(str(target), "writing files", error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """One process of this machine at a time may look at and replace `target`. The lock is on the
+    folder above it, so it leaves no file behind, and it goes with the process that held it."""
+    handle = os.open(target.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: renaming is still whole
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _is_alive(pid: str) -> bool:

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from vlm_dagster.errors import TableError
 from vlm_dagster.events.columns import ColumnMapping
-from vlm_dagster.events.directories import building, put_in_place
+from vlm_dagster.events.directories import alone, building, put_in_place
 from vlm_dagster.events.generator_config import GeneratorConfig
 from vlm_dagster.events.interactions import Interactions
 from vlm_dagster.events.source import BinaryLabel, Progress, input_schema
@@ -183,7 +183,8 @@ def write(
             "files": files,
         }
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        put_in_place(folder, target)
+        with alone(target):
+            put_in_place(folder, target)
     if progress is not None:
         progress(source.num_bytes)
     return GeneratedFiles(target, manifest)

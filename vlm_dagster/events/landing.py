@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from vlm_dagster.errors import SourceFormatError, TableError
-from vlm_dagster.events.directories import building, put_in_place
+from vlm_dagster.events.directories import alone, building, put_in_place
 from vlm_dagster.events.landed import (
     LandedWindow,
     check_files,
@@ -164,11 +164,12 @@ def land(
                 ", ".join(source.paths[:3]), "the input changed while it was read",
                 line=None, value=None, way_out="Land it again when nobody writes to it.",
             )  # fmt: skip
-        # Another process may have landed the same meanwhile, and be reading it already.
-        if found := _same(target, fingerprint):
-            return found
-        put_in_place(folder, target)
-    return Landing.open(target)
+        with alone(target):
+            # Another process may have landed the same meanwhile, and be reading it already.
+            if found := _same(target, fingerprint):
+                return found
+            put_in_place(folder, target)
+            return Landing.open(target)
 
 
 def _same(target: Path, fingerprint: dict[str, Any]) -> Landing | None:
