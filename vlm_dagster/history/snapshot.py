@@ -296,6 +296,7 @@ class Snapshot:
         """All values of one column, a file at a time, windows in order."""
         if column not in self.group.event_schema.names:
             self.group.trait(column)
+        self._table.check_files(self.version)
         by_segment: dict[str, list[str]] = {}
         files = self.files()
         for segment, path in zip(
@@ -309,6 +310,7 @@ class Snapshot:
 
     def user_ids(self) -> pa.Array:
         """Every user with an event here, sorted."""
+        self._table.check_files(self.version)
         found = [
             self._table.reader(path, self.version).users.user_ids
             for path in self.files()["path"].to_pylist()

@@ -173,6 +173,7 @@ class PointerSnapshot:
         """All examples, window by window; sorted by (bucket, user, time) within each."""
         names = list(columns or self.spec.schema.names)
         schema = pa.schema([self.spec.schema.field(name) for name in names])
+        self._table.check_files(self.version)
         files = self.files()
         by_segment: dict[str, list[str]] = {}
         for segment, path in zip(

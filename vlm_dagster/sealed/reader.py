@@ -70,6 +70,17 @@ class SegmentReader:
             raise self._corrupt(f"has a damaged header ({error!r})") from None
         return header
 
+    def check_owner(self, table_id: str) -> None:
+        """CorruptFileError unless the file was written for this table, and for its own place."""
+        header = self.header
+        segment = str(header.get("window")).replace(":", "")
+        place = f"segment={segment}/bucket={header.get('bucket')}/"
+        if header.get("table_id") != table_id or not self.path.startswith(place):
+            raise self._corrupt(
+                f"is the file of bucket {header.get('bucket')} of window {header.get('window')} of "
+                f"table {header.get('table_id')}"
+            )
+
     def _corrupt(self, problem: str) -> CorruptFileError:
         return CorruptFileError(
             table=self._storage.uri, path=self.path, version=self._version, problem=problem

@@ -49,6 +49,7 @@ class SealedTable:
         self._readers_bytes = 0
         self._files = lru_cache(maxsize=4)(self._load_files)
         self._buckets = lru_cache(maxsize=4)(self._load_buckets)
+        self._checked = lru_cache(maxsize=4)(self._check_files)
 
     # -- opening ------------------------------------------------------------------------------
 
@@ -191,11 +192,30 @@ class SealedTable:
             }
         ).sort_by([("bucket", "ascending"), ("segment", "ascending"), ("path", "ascending")])
 
+    def check_files(self, version: int) -> None:
+        """TableError unless the files of each window hold as many rows as it was sealed with: other
+        writers can add files, or rewrite them twice, and the log would not mind."""
+        self._checked(version)
+
+    def _check_files(self, version: int) -> None:
+        counted = self.files(version).group_by("segment").aggregate([("num_rows", "sum")])
+        rows = dict(zip(*(counted[c].to_pylist() for c in counted.column_names), strict=True))
+        for sealed in self.state(version).sealed.values():
+            found = rows.get(sealed.window.segment, 0)
+            if found != sealed.num_rows:
+                raise TableError(
+                    self.uri,
+                    f"window {sealed.window.key} was sealed with {sealed.num_rows} rows, but at "
+                    f"version {version} its files hold {found}: another writer changed the table",
+                    "Pin a version before that.",
+                )
+
     def files_of_bucket(self, version: int, bucket: int) -> list[tuple[str, str]]:
         """The live files of one bucket: (segment, path) each."""
         return self._buckets(version).get(bucket, [])
 
     def _load_buckets(self, version: int) -> dict[int, list[tuple[str, str]]]:
+        self.check_files(version)
         found: dict[int, list[tuple[str, str]]] = {}
         files = self.files(version).select(["bucket", "segment", "path"])
         for bucket, segment, path in zip(*(c.to_pylist() for c in files.columns), strict=True):
@@ -214,6 +234,7 @@ class SealedTable:
         found = self._readers.get(path)
         if found is None:
             found = SegmentReader(self.storage, path, version)
+            found.check_owner(self.table_id)
             if self._readers_bytes > _READER_CACHE_BYTES:
                 self._readers, self._readers_bytes = {}, 0
             self._readers[path] = found
