@@ -102,7 +102,8 @@ class WindowSplitter:
 
     def windows(self) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
         """Each window that got rows, oldest first, with its rows in the order they came in."""
-        readers = [pa.ipc.open_file(pa.memory_map(str(run.path))) for run in self._runs]
+        # Read, not mapped: mapped pages would count as memory of this process until the end.
+        readers = [pa.ipc.open_file(pa.OSFile(str(run.path))) for run in self._runs]
 
         def rows(index: int) -> Iterator[pa.RecordBatch]:
             for run, reader in zip(self._runs, readers, strict=True):
