@@ -5,6 +5,7 @@ Sealing has two halves: `stage` (here, with staging.py) and `commit_window` (com
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -97,6 +98,10 @@ class SealedTable:
 
     def state(self, version: int | None = None) -> TableState:
         """What is sealed at a version (the newest if None)."""
+        if version is not None:
+            # The log says it all, unless the version is gone: then Delta says so in full.
+            with contextlib.suppress(FileNotFoundError):
+                return self.log.state(version, self.spec.grid, self.spec.start_index)
         return self.state_of(self.handle(version))
 
     def state_of(self, handle: DeltaTable) -> TableState:
@@ -108,13 +113,15 @@ class SealedTable:
     def check_window(self, key: str | Window, state: TableState) -> Window:
         """The window of a key, if the table can take it."""
         window = self.spec.grid.parse(key)
-        if state.start is not None and window.index < state.start:
-            first = self.spec.grid.at(state.start).key
+        # Positions count from the first window of a history. Examples do not build on each other.
+        start = self.spec.start_index if self.spec.kind == "pointers" else state.start
+        if start is not None and window.index < start:
+            first = self.spec.grid.at(start).key
             raise WindowError(
                 window.key,
                 f"lies before the first window {first} of {self.uri}",
-                "Positions count from the first window, so earlier ones cannot be added: create "
-                f"a table with start={window.key!r}.",
+                "Its windows count from there, so earlier ones cannot be added: create a table "
+                f"with start={window.key!r}.",
             )
         return window
 
