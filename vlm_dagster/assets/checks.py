@@ -10,8 +10,9 @@ import dagster as dg
 import pyarrow as pa
 from deltalake.exceptions import DeltaError
 
-from vlm_dagster.assets.reference import find_leaks, newest_request_us
+from vlm_dagster.assets.reference import find_leaks, newest_requests_us
 from vlm_dagster.errors import SchemaError, VlmError
+from vlm_dagster.history import HistoryStore
 from vlm_dagster.io_managers.history import VlmHistoryIOManager
 from vlm_dagster.io_managers.pointers import VlmPointerIOManager
 from vlm_dagster.io_managers.tables import io_manager_of
@@ -118,13 +119,17 @@ def _within_watermark(
 ) -> dg.AssetCheckResult:
     problems: list[str] = []
     pins = {pin for found in snapshot.pins().values() for pin in found}
+    stores: dict[str, HistoryStore] = {}
     for pin in sorted(pins, key=lambda p: (p.uri, p.version)):
         try:
-            pin.open(manager.options)
+            if pin.uri not in stores:
+                stores[pin.uri] = HistoryStore.open(pin.uri, storage_options=manager.options)
+            pin.open(store=stores[pin.uri])
         except VlmError as error:
             problems.append(str(error))
+    requests = newest_requests_us(snapshot, manager.options)
     for sealed in snapshot.windows:
-        newest = newest_request_us(snapshot, sealed.window.key, manager.options)
+        newest = requests.get(sealed.window.key)
         for group, pin in snapshot.pins_of(sealed.window.key).items():
             if newest is not None and (pin.watermark_us is None or newest > pin.watermark_us):
                 mark = "nothing" if pin.watermark_us is None else format_us(pin.watermark_us)

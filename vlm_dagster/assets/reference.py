@@ -22,7 +22,7 @@ from vlm_dagster.history import SnapshotRef
 from vlm_dagster.pointers import PointerSnapshot
 from vlm_dagster.windows import format_us
 
-__all__ = ["LeakageReport", "find_leaks", "newest_request_us"]
+__all__ = ["LeakageReport", "find_leaks", "newest_requests_us"]
 
 Options = Mapping[str, str] | None
 Events = dict[Any, list[tuple[int, Any]]]
@@ -39,13 +39,16 @@ class LeakageReport:
     problems: tuple[str, ...]
 
 
-def newest_request_us(snapshot: PointerSnapshot, window: str, options: Options) -> int | None:
-    """The time of a window's last request, UTC microseconds; None if it has no examples."""
-    newest: int | None = None
-    for fragment in _fragments(snapshot, [window], options):
+def newest_requests_us(snapshot: PointerSnapshot, options: Options) -> dict[str, int]:
+    """The time of each window's last request, UTC microseconds; windows without examples lack."""
+    keys = {sealed.window.segment: sealed.window.key for sealed in snapshot.windows}
+    newest: dict[str, int] = {}
+    for fragment in _fragments(snapshot, list(keys.values()), options):
+        segment = ds.get_partition_keys(fragment.partition_expression)["segment"]
         times = fragment.to_table(columns=["request_time"])["request_time"].cast(pa.int64())
         if len(times):
-            newest = max(newest or 0, pc.max(times).as_py())
+            key = keys[segment]
+            newest[key] = max(newest.get(key, 0), pc.max(times).as_py())
     return newest
 
 

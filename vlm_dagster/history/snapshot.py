@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,10 @@ from vlm_dagster.sealed.verify import verify
 from vlm_dagster.storage import redact
 from vlm_dagster.windows import format_us
 
-__all__ = ["Snapshot", "SnapshotRef", "prefix_digest"]
+if TYPE_CHECKING:
+    from vlm_dagster.history.store import HistoryStore
+
+__all__ = ["Snapshot", "SnapshotRef", "open_pins", "prefix_digest"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -58,12 +61,17 @@ class SnapshotRef:
     digest: str
 
     def open(
-        self, storage_options: Mapping[str, str] | None = None, *, uri: str | None = None
+        self,
+        storage_options: Mapping[str, str] | None = None,
+        *,
+        uri: str | None = None,
+        store: HistoryStore | None = None,
     ) -> Snapshot:
         """Open the pinned snapshot, refusing anything that is not it.
 
         Args:
             uri: where the table lies now, if it was moved.
+            store: the table, if it is open already: many pins then share what was read of it.
 
         Raises:
             TableError: the table or the version is gone.
@@ -71,7 +79,7 @@ class SnapshotRef:
         """
         from vlm_dagster.history.store import HistoryStore
 
-        store = HistoryStore.open(uri or self.uri, storage_options=storage_options)
+        store = store or HistoryStore.open(uri or self.uri, storage_options=storage_options)
         if store.table_id != self.table_id:
             raise PinError(
                 f"history table {store.uri}",
@@ -114,6 +122,21 @@ class SnapshotRef:
     def __str__(self) -> str:
         mark = "nothing" if self.watermark_us is None else format_us(self.watermark_us)
         return f"{self.group} version {self.version} (complete up to {mark})"
+
+
+def open_pins(
+    pins: Iterable[SnapshotRef], storage_options: Mapping[str, str] | None = None
+) -> dict[SnapshotRef, Snapshot]:
+    """Open many pins, each table once."""
+    from vlm_dagster.history.store import HistoryStore
+
+    stores: dict[str, HistoryStore] = {}
+    found: dict[SnapshotRef, Snapshot] = {}
+    for pin in pins:
+        if pin.uri not in stores:
+            stores[pin.uri] = HistoryStore.open(pin.uri, storage_options=storage_options)
+        found[pin] = pin.open(store=stores[pin.uri])
+    return found
 
 
 class Snapshot:

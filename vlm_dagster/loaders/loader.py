@@ -53,9 +53,10 @@ class SequenceLoader:
         num_workers: int = 2,
         prefetch: int = 2,
         pin_memory: bool = False,
-        examples_per_unit: int = 4096,
-        events_per_unit: int = 1_000_000,
-        units_per_chunk: int = 4,
+        examples_per_unit: int = 1024,
+        events_per_unit: int = 500_000,
+        units_per_chunk: int = 64,
+        events_per_chunk: int = 2_000_000,
         histories: Mapping[str, str] | None = None,
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
@@ -73,8 +74,8 @@ class SequenceLoader:
             prefetch: batches ready ahead.
             pin_memory: page-lock batches, for transfers to a GPU.
             examples_per_unit, events_per_unit: what is read at once, at most (or one user).
-            units_per_chunk: how many units' examples are shuffled with each other; memory
-                grows with it, and so does randomness.
+            units_per_chunk, events_per_chunk: how many units' examples are shuffled with each
+                other, at most (or one unit); memory grows with it, and so does randomness.
             histories: where the groups' tables lie now, if they were moved since pinning.
             storage_options: as deltalake takes them.
 
@@ -90,6 +91,7 @@ class SequenceLoader:
             ("examples_per_unit", examples_per_unit, 1),
             ("events_per_unit", events_per_unit, 1),
             ("units_per_chunk", units_per_chunk, 1),
+            ("events_per_chunk", events_per_chunk, 1),
             ("seed", seed, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -121,7 +123,7 @@ class SequenceLoader:
         self._num_workers = num_workers
         self._prefetch = prefetch
         self._pin_memory = pin_memory
-        self._units_per_chunk = units_per_chunk
+        self._chunk_limits = (units_per_chunk, events_per_chunk)
         self._unit_limits = (examples_per_unit, events_per_unit)
         self._plan = make_plan(
             self._pointers,
@@ -167,7 +169,8 @@ class SequenceLoader:
             seed=self._seed,
             epoch=self.epoch,
             shuffle=self._shuffle,
-            units_per_chunk=self._units_per_chunk,
+            units_per_chunk=self._chunk_limits[0],
+            events_per_chunk=self._chunk_limits[1],
         )
 
     def _num_batches(self, sizes: Sequence[int], rank: int) -> int:
@@ -285,7 +288,7 @@ class SequenceLoader:
             "shuffle": self._shuffle,
             "uneven": self._uneven,
             "unit_limits": self._unit_limits,
-            "units_per_chunk": self._units_per_chunk,
+            "chunk_limits": self._chunk_limits,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -25,12 +25,13 @@ I64 = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class Unit:
     """A range of users of one bucket, read and decoded together: those of the bucket's users
-    (sorted) with numbers in `[first_user, end_user)`."""
+    (sorted) with numbers in `[first_user, end_user)`. `num_events` bounds those of any one group."""
 
     bucket: int
     first_user: int
     end_user: int
     num_examples: int
+    num_events: int
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,29 @@ class Plan:
         """[U] the users of a unit, sorted."""
         return self.users[unit.bucket].slice(unit.first_user, unit.end_user - unit.first_user)
 
-    def chunks(self, *, seed: int, epoch: int, shuffle: bool, units_per_chunk: int) -> list[Chunk]:
-        """All chunks of an epoch, in the global order that all ranks share."""
-        order: list[int] = list(range(len(self.units)))
+    def chunks(
+        self, *, seed: int, epoch: int, shuffle: bool, units_per_chunk: int, events_per_chunk: int
+    ) -> list[Chunk]:
+        """All chunks of an epoch, in the global order that all ranks share.
+
+        A chunk holds at most `units_per_chunk` units and `events_per_chunk` events, or one unit.
+        """
+        order = np.arange(len(self.units))
         if shuffle:
-            generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-            order = generator.permutation(len(self.units)).tolist()
-        else:
-            units_per_chunk = 1
-        return [
-            Chunk(number, tuple(self.units[i] for i in order[at : at + units_per_chunk]))
-            for number, at in enumerate(range(0, len(order), units_per_chunk))
-        ]
+            order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(order)
+        chunks: list[Chunk] = []
+        held: list[Unit] = []
+        num_events = 0
+        for unit in (self.units[i] for i in order):
+            full = len(held) == units_per_chunk or num_events + unit.num_events > events_per_chunk
+            if held and full:
+                chunks.append(Chunk(len(chunks), tuple(held)))
+                held, num_events = [], 0
+            held.append(unit)
+            num_events += unit.num_events
+        if held:
+            chunks.append(Chunk(len(chunks), tuple(held)))
+        return chunks
 
 
 def make_plan(
@@ -121,6 +133,14 @@ def _cut(
             int(np.searchsorted(events, events_done + max_events, side="right")),
         )
         end = max(end, first + 1)
-        units.append(Unit(bucket, first, end, int(examples[end - 1]) - examples_done))
+        units.append(
+            Unit(
+                bucket,
+                first,
+                end,
+                int(examples[end - 1]) - examples_done,
+                int(events[end - 1]) - events_done,
+            )
+        )
         first = end
     return units

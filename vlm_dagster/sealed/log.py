@@ -110,6 +110,8 @@ class LogReader:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._known: tuple[int, dict[str, int]] = (-1, {})
+        self._commits: dict[int, dict[str, int]] = {}
+        self._windows: dict[str, SealedWindow] = {}
         self._lock = threading.Lock()
 
     def transactions(self, version: int) -> dict[str, int]:
@@ -139,9 +141,13 @@ class LogReader:
 
     def commit(self, version: int) -> dict[str, int]:
         """The application transactions of one commit. FileNotFoundError if there is none."""
+        if version in self._commits:
+            return self._commits[version]
         raw = self._storage.read_bytes(f"_delta_log/{version:020d}.json")
         actions = (json.loads(line) for line in raw.splitlines() if line.startswith(b'{"txn"'))
-        return {a["txn"]["appId"]: a["txn"]["version"] for a in actions}
+        found = {a["txn"]["appId"]: a["txn"]["version"] for a in actions}
+        self._commits[version] = found
+        return found
 
     def commits_after(self, version: int) -> Iterator[tuple[int, dict[str, int]]]:
         """The commits after a version, oldest first, as far as there are any."""
@@ -179,11 +185,18 @@ class LogReader:
         for app_id in transactions:
             if not app_id.startswith("vlm.facts/"):
                 continue
-            _, segment, revision, text = app_id.split("/", 3)
-            if transactions.get(f"vlm.window/{segment}") != int(revision):
-                continue  # superseded
-            facts = json.loads(text)
-            window = grid.parse(facts["key"])
-            digest = Digest.parse(facts["digest"])
-            sealed[window.index] = SealedWindow(window, str(digest), digest.num_rows, facts)
+            _, segment, revision, _ = app_id.split("/", 3)
+            if transactions.get(f"vlm.window/{segment}") == int(revision):  # else superseded
+                found = self._window(app_id, grid)
+                sealed[found.window.index] = found
         return TableState(version, grid, start, sealed)
+
+    def _window(self, app_id: str, grid: WindowGrid) -> SealedWindow:
+        found = self._windows.get(app_id)
+        if found is None:
+            facts = json.loads(app_id.split("/", 3)[3])
+            digest = Digest.parse(facts["digest"])
+            window = grid.parse(facts["key"])
+            found = SealedWindow(window, str(digest), digest.num_rows, facts)
+            self._windows[app_id] = found
+        return found

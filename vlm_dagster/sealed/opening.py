@@ -104,6 +104,7 @@ def table_kind(uri: str, options: Mapping[str, str] | None) -> str:
 def read_declaration(
     uri: str, kind: str, options: Mapping[str, str] | None
 ) -> tuple[dict[str, Any], str]:
+    """What a table was declared to be, and its id; TableError unless it is one of ours."""
     declared, table_id = _read_declaration(uri, options)
     if declared["kind"] != kind:
         raise TableError(

@@ -98,7 +98,7 @@ class SealedTable:
 
     def state(self, version: int | None = None) -> TableState:
         """What is sealed at a version (the newest if None)."""
-        if version is not None:
+        if isinstance(version, int) and version >= 0:
             # The log says it all, unless the version is gone: then Delta says so in full.
             with contextlib.suppress(FileNotFoundError):
                 return self.log.state(version, self.spec.grid, self.spec.start_index)

@@ -56,6 +56,7 @@ class Extreme:
 
 
 def encode_users(users: pa.RecordBatch) -> bytes:
+    """The index of a file's users as the text that its footer holds."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(
         sink, users.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
@@ -65,6 +66,7 @@ def encode_users(users: pa.RecordBatch) -> bytes:
 
 
 def decode_users(raw: bytes) -> UserIndex:
+    """The index that `encode_users` wrote."""
     (batch,) = pa.ipc.open_stream(base64.b64decode(raw))
     columns = {
         name: batch.column(name).to_numpy().astype(np.int64) for name in batch.schema.names[1:]
