@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
-from dagster_project import DAILY, DAYS, HISTORY, POINTERS, RATINGS, Project, failure_of
+from dagster_project import DAILY, DAYS, HISTORY, POINTERS, RATINGS, SPEC, Project, failure_of
 
 from vlm_dagster.assets import history_asset, pointer_asset
 from vlm_dagster.errors import SchemaError
 from vlm_dagster.history import HistoryStore
 from vlm_dagster.pointers import PointerDataset, PointerSpec
+from vlm_dagster.windows import Window
 
 
 @pytest.fixture
@@ -226,8 +230,6 @@ def test_requests_may_ask_for_the_pinned_histories(tmp_path: Path) -> None:
 
 
 def test_a_bad_event_fails_the_run_naming_the_row(project: Project) -> None:
-    import pyarrow as pa
-
     good = project.source.events
 
     def events(window):  # type: ignore[no-untyped-def]
@@ -318,3 +320,47 @@ class TestOptionsThatDoNotFit:
         project.resources["history_io_manager"] = dg.mem_io_manager
         message, _ = failure_of(project.materialize(DAYS[0], only=[project.history]))
         assert "Define it as a VlmHistoryIOManager" in message
+
+
+@pytest.mark.parametrize(
+    ("partitions_def", "first", "last", "num_windows"),
+    [
+        (
+            dg.HourlyPartitionsDefinition("2024-01-01-00:00", end_date="2024-01-01-06:00"),
+            "2024-01-01-00:00",
+            "2024-01-01-05:00",
+            6,
+        ),
+        (
+            dg.WeeklyPartitionsDefinition("2024-01-07", end_date="2024-01-28"),
+            "2024-01-07",
+            "2024-01-21",
+            3,
+        ),
+    ],
+)
+def test_hours_and_weeks_are_sealed_as_days_are(
+    tmp_path: Path, partitions_def: Any, first: str, last: str, num_windows: int
+) -> None:
+    project = Project(tmp_path)
+
+    def events(window: Window) -> pa.Table:
+        table = project.source.events(window)
+        assert table is not None
+        inside = pc.less(
+            table["event_time"].cast(pa.int64()), window.end_us
+        )  # three events a day, fewer an hour
+        return table.filter(inside)
+
+    project.history = history_asset(RATINGS, events=events, partitions_def=partitions_def)
+    project.pointers = pointer_asset(
+        SPEC,
+        requests=lambda window: None,
+        histories=[project.history],
+        partitions_def=partitions_def,
+    )
+    assert project.materialize(first, last, checks=False).success
+    windows = HistoryStore.open(tmp_path / "ratings_history").snapshot().windows
+    assert len(windows) == num_windows
+    for sealed in windows:
+        assert project.data_version(HISTORY, sealed.window.key) == sealed.digest

@@ -63,7 +63,9 @@ def run_module(
     context.log.info(f"starting {what}: {' '.join(command)}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", dg.PreviewWarning)  # Dagster's own use of its preview
+            # Dagster's Pipes use previews and deprecated names of Dagster's own.
+            warnings.simplefilter("ignore", dg.PreviewWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
             return client.run(context=context, command=list(command))
     except DagsterPipesExecutionError as error:
         raise dg.Failure(
