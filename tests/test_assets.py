@@ -203,6 +203,21 @@ def test_a_pin_is_the_first_version_that_covers_the_window_not_the_latest(
     assert project.facts(POINTERS, DAYS[2])["pins"]["ratings"]["version"] == 3
 
 
+def test_the_pins_told_are_those_that_the_window_was_sealed_with(project: Project) -> None:
+    """Pointers that were sealed by hand against a later snapshot keep that pin."""
+    project.materialize(DAYS[0], DAYS[2], only=[project.history])
+    store = HistoryStore.open(project.root / "ratings_history")
+    dataset = PointerDataset.create_from(
+        project.root / "next_item_pointers", SPEC, num_buckets=2, start=DAYS[0]
+    )
+    requests = project.source.requests(store.grid.parse(DAYS[1]))
+    dataset.seal(DAYS[1], requests, {"ratings": store.snapshot()})
+    assert project.materialize(DAYS[1], only=[project.pointers]).success
+    facts = project.facts(POINTERS, DAYS[1])
+    assert facts["reused"] is True
+    assert facts["pins"]["ratings"]["version"] == 3
+
+
 def test_an_empty_window_is_sealed_as_empty(project: Project) -> None:
     project.source.empty = {DAYS[1]}
     assert project.materialize(DAYS[0], DAYS[2]).success

@@ -224,3 +224,11 @@ class TestCheckpoints:
             pytest.raises(dg.Failure, match="Materialize the training asset first"),
         ):
             manager.load_input(context)
+
+
+@pytest.mark.parametrize("kind", [VlmHistoryIOManager, VlmPointerIOManager, VlmCheckpointIOManager])
+def test_every_field_is_described_and_the_description_is_markdown(kind: Any) -> None:
+    description = kind(root="somewhere").get_resource_definition().description
+    assert description
+    assert "\n    " not in description
+    assert all(field.description for field in kind.model_fields.values())

@@ -24,7 +24,7 @@ from vlm_dagster.io_managers.handles import Sealing, keep_sealed
 from vlm_dagster.io_managers.pointers import VlmPointerIOManager
 from vlm_dagster.io_managers.tables import io_manager_of
 from vlm_dagster.pointers import PointerSpec
-from vlm_dagster.sealed import StagedWindow
+from vlm_dagster.sealed import SealedWindow, StagedWindow
 
 __all__ = ["pointer_asset"]
 
@@ -162,7 +162,10 @@ def pointer_asset(
                 dataset,
                 staged,
                 schema=schema,
-                facts=lambda one: {**_example_facts(one), "pins": _pins(pins[one.window.key])},
+                facts=lambda one: {
+                    **_example_facts(one),
+                    "pins": _pins(one, sealed.get(one.window.key)),
+                },
             )
 
     return sealed_pointers
@@ -204,8 +207,9 @@ def _of_window(key: str, inputs: Mapping[str, SnapshotRef | Refs]) -> Refs:
     }
 
 
-def _pins(refs: Refs) -> dg.JsonMetadataValue:
-    return pins_value({group: ref.to_json() for group, ref in refs.items()})
+def _pins(staged: StagedWindow, sealed: SealedWindow | None) -> dg.JsonMetadataValue:
+    """The pins that the window is sealed with: those from back then, if it was sealed before."""
+    return pins_value(staged.facts["pins"] if sealed is None else sealed.facts["pins"])
 
 
 def _example_facts(staged: StagedWindow) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import dagster as dg
 from pydantic import Field
 
 from vlm_dagster.errors import CheckpointError, SchemaError
+from vlm_dagster.io_managers.base import DescribedIOManager
 from vlm_dagster.io_managers.failures import told_to_dagster
 from vlm_dagster.io_managers.handles import CheckpointRef
 from vlm_dagster.training.checkpoint import read_manifest, write_json
@@ -18,7 +19,7 @@ __all__ = ["VlmCheckpointIOManager"]
 _CURRENT = "current.json"
 
 
-class VlmCheckpointIOManager(dg.ConfigurableIOManager):
+class VlmCheckpointIOManager(DescribedIOManager):
     """Keeps every run's checkpoint in `ROOT/ASSET/RUN_ID` and remembers which one the asset holds.
 
     An asset returns a `CheckpointRef` of the folder that its training process wrote; downstream gets

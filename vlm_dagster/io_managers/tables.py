@@ -8,6 +8,7 @@ import dagster as dg
 from pydantic import Field
 
 from vlm_dagster.errors import SchemaError
+from vlm_dagster.io_managers.base import DescribedIOManager
 from vlm_dagster.storage import normalize_uri
 
 __all__ = ["TableIOManager", "input_keys", "io_manager_of"]
@@ -15,7 +16,7 @@ __all__ = ["TableIOManager", "input_keys", "io_manager_of"]
 Manager = TypeVar("Manager", bound="TableIOManager")
 
 
-class TableIOManager(dg.ConfigurableIOManager):
+class TableIOManager(DescribedIOManager):
     """Maps an asset to the table that holds it, and knows how to reach the storage."""
 
     root: str = Field(
