@@ -84,7 +84,7 @@ def demo_definitions(
 
     def requests(window: Window) -> Iterator[pa.RecordBatch]:
         on_window("building pointers")
-        return _requests(Landing.open(landing).events(window), settings)
+        return _requests(_landed(landing).events(window), settings)
 
     pointers = pointer_asset(
         _pointer_spec(settings),
@@ -130,6 +130,17 @@ def demo_definitions(
         # The steps follow one another, and the heavy ones start processes of their own.
         executor=dg.in_process_executor,
     )
+
+
+def _landed(folder: Path) -> Landing:
+    """The landing, opened once for all windows of a run."""
+    manifest = folder / "landing.json"
+    return _open_landing(folder, manifest.stat().st_mtime_ns if manifest.exists() else None)
+
+
+@lru_cache(maxsize=1)
+def _open_landing(folder: Path, changed_ns: int | None) -> Landing:
+    return Landing.open(folder)
 
 
 def _pointer_spec(settings: DemoSettings) -> PointerSpec:
