@@ -116,10 +116,14 @@ def request_lists(draw: st.DrawFn, events: list[dict], num_days: int = 4) -> lis
 
 
 def many_events(seed: int, num_events: int, num_users: int, num_days: int = 4) -> list[dict]:
-    """Seeded events with ties, a user who has a third of them, and uneven days."""
+    """Seeded events with ties, a user who has a third of them, and uneven days.
+
+    Ids do not grow with time, nor with the order in which the events stand here.
+    """
     rng = random.Random(seed)
+    ids = rng.sample(range(num_events), num_events)
     events = []
-    for number in range(num_events):
+    for number in ids:
         user = 0 if rng.random() < 1 / 3 else rng.randrange(num_users)
         number_of_day = min(rng.randrange(num_days), rng.randrange(num_days))
         available_at = at(number_of_day, rng.randrange(200) * 1_000_000)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import duckdb
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, QueryBuilder
 from strategies import (
@@ -23,6 +27,7 @@ from strategies import (
 )
 
 from vlm_dagster import HistoryStore, PointerDataset
+from vlm_dagster.windows import parse_instant
 
 EVENTS = many_events(seed=0, num_events=5_000, num_users=60)
 COLUMNS = ["user_id", "event_id", "event_time", "available_at", *TRAIT_NAMES]
@@ -180,3 +185,29 @@ def test_pointers_read_alike(store: HistoryStore, tmp_path: Path) -> None:
     ours = pl.from_arrow(dataset.snapshot().to_table()).sort("request_id")
     theirs = pl.scan_delta(dataset.uri).select(ours.columns).collect().sort("request_id")
     assert ours.equals(theirs)
+
+
+def test_statistics_in_the_log_enclose_every_row(store: HistoryStore, tmp_path: Path) -> None:
+    odd = [{**e, "available_at": e["available_at"] + e["event_id"] % 1_000} for e in EVENTS]
+    other = history_of(tmp_path, odd, num_buckets=2)
+    for uri in (store.uri, other.uri):
+        for action in _adds(uri):
+            stats = json.loads(action["stats"])
+            table = pq.read_table(
+                Path(uri, unquote(action["path"])), columns=COLUMNS, partitioning=None
+            )
+            assert stats["numRecords"] == table.num_rows
+            assert stats["minValues"]["user_id"] == pc.min(table["user_id"]).as_py()
+            assert stats["maxValues"]["user_id"] == pc.max(table["user_id"]).as_py()
+            times = pc.min_max(table["available_at"].cast(pa.int64())).as_py()
+            low = parse_instant(stats["minValues"]["available_at"])
+            high = parse_instant(stats["maxValues"]["available_at"])
+            assert times["min"] - 1_000 < low <= times["min"]
+            assert times["max"] <= high < times["max"] + 1_000
+
+
+def _adds(uri: str) -> Iterator[dict]:
+    for commit in sorted(Path(uri, "_delta_log").glob("*.json")):
+        for line in commit.read_text().splitlines():
+            if line.startswith('{"add"'):
+                yield json.loads(line)["add"]
