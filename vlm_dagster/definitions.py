@@ -6,6 +6,7 @@ its assets with the same factories: see examples/.
 """
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import dagster as dg
