@@ -71,7 +71,7 @@ def demo_definitions(
 
     def events(window: Window) -> list[str]:
         on_window("sealing histories")
-        return Landing.open(landing).events(window)
+        return _landed(landing).events(window)
 
     history = history_asset(
         group,
