@@ -70,8 +70,14 @@ class SegmentReader:
             raise self._corrupt(f"has a damaged header ({error!r})") from None
         return header
 
-    def check_owner(self, table_id: str) -> None:
+    def check_owner(self, table_id: str, columns: pa.Schema) -> None:
         """CorruptFileError unless the file was written for this table, and for its own place."""
+        try:
+            found = self._metadata.schema.to_arrow_schema()
+        except (pa.ArrowException, ValueError) as error:
+            raise self._corrupt(f"has a damaged schema ({error})") from error
+        if not found.equals(columns):
+            raise self._corrupt("has other columns than the table")
         header = self.header
         segment = str(header.get("window")).replace(":", "")
         place = f"segment={segment}/bucket={header.get('bucket')}/"

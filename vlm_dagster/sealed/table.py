@@ -241,7 +241,7 @@ class SealedTable:
         found = self._readers.get(path)
         if found is None:
             found = SegmentReader(self.storage, path, version)
-            found.check_owner(self.table_id)
+            found.check_owner(self.table_id, self.spec.columns)
             if self._readers_bytes > _READER_CACHE_BYTES:
                 self._readers, self._readers_bytes = {}, 0
             self._readers[path] = found
