@@ -85,7 +85,7 @@ def test_every_asset_says_what_it_is(definitions: dg.Definitions) -> None:
         assert len(node.description) > 80, key
         assert node.owners == ["team:recommendations"], key
         assert node.kinds, key
-        assert node.group_name in {"source", "late_materialization", "model"}, key
+        assert node.group_name == "recommender", key
         assert node.code_version, key
 
 

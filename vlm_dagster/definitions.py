@@ -42,6 +42,7 @@ __all__ = ["defs", "demo_definitions"]
 
 _OWNERS = ["team:recommendations"]
 _LABEL = "label"
+_GROUP = "recommender"
 
 
 def _nothing(stage: str) -> None:
@@ -65,7 +66,7 @@ def demo_definitions(
         group=group,
         directory=landing,
         cadence=settings.cadence,
-        group_name="source",
+        group_name=_GROUP,
         owners=_OWNERS,
     )
 
@@ -79,7 +80,7 @@ def demo_definitions(
         partitions_def=partitions,
         deps=[raw_events],
         num_buckets=settings.num_buckets,
-        group_name="late_materialization",
+        group_name=_GROUP,
         owners=_OWNERS,
     )
 
@@ -95,7 +96,7 @@ def demo_definitions(
         name=f"{group.name}_pointers",
         deps=[raw_events],
         num_buckets=settings.num_buckets,
-        group_name="late_materialization",
+        group_name=_GROUP,
         owners=_OWNERS,
     )
 
@@ -105,7 +106,7 @@ def demo_definitions(
         eval_share=settings.eval_share,
         num_processes=settings.num_processes,
         automation_condition=on_new_pointers(),
-        group_name="model",
+        group_name=_GROUP,
         owners=_OWNERS,
     )
 
@@ -113,7 +114,7 @@ def demo_definitions(
         checkpoint=ranker,
         pointers=pointers,
         automation_condition=on_new_checkpoint(ranker.key),
-        group_name="model",
+        group_name=_GROUP,
         owners=_OWNERS,
     )
 

@@ -133,8 +133,8 @@ def evaluation_asset(
         return dg.MaterializeResult(
             data_version=dg.DataVersion(_digest(result)),
             metadata={
-                **reported,
                 "summary": dg.MetadataValue.md(evaluation_table(result)),
+                **reported,
                 "windows": f"{windows[0]} to {windows[-1]} ({len(windows)})",
                 "checkpoint": dg.MetadataValue.json(checkpoint.to_json()),
                 "inputs": dg.MetadataValue.md(inputs_table(chosen)),

@@ -158,9 +158,9 @@ def training_asset(
             value=ref,
             data_version=dg.DataVersion(manifest.weights_digest),
             metadata={
-                **reported,
                 "summary": dg.MetadataValue.md(training_table(manifest.metrics, train, snapshot)),
                 **({"loss": dg.MetadataValue.md(curve)} if curve else {}),
+                **reported,
                 "inputs": dg.MetadataValue.md(inputs_table(chosen)),
                 "pins": pins_value({"pointers": chosen.to_json()}),
                 "training_config": dg.MetadataValue.json(_options_of(training)),

@@ -126,7 +126,8 @@ def dagster_home(home: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "dagster.yaml"
     if not config.exists():
-        config.write_text("telemetry:\n  enabled: false\n", "utf-8")
+        # No telemetry, and no sign-up form over the first page.
+        config.write_text("telemetry:\n  enabled: false\nnux:\n  enabled: false\n", "utf-8")
     return folder
 
 
