@@ -69,7 +69,7 @@ def checksum(event_ids: list[int | str], first_position: int) -> int:
     """A pointer's checksum, as the signed integer that is stored."""
     total = 0
     for position, event_id in enumerate(event_ids, first_position):
-        total += mix64(mix64(id_word(event_id)) ^ (position * 0x9E3779B97F4A7C15 & MASK))
+        total += mix64(mix64(id_word(event_id)) ^ ((position + 1) * 0x9E3779B97F4A7C15 & MASK))
     total &= MASK
     return total - (1 << 64) if total >> 63 else total
 

@@ -7,7 +7,7 @@ All are plain integer arithmetic on little-endian words, so any engine can repea
   multiplication can compute it too. String ids enter through the first 8 bytes of their MD5.
 - `Digest`: the sum over rows of a 128-bit row hash, so digests of parts add up to the digest of
   the whole, in whatever order and file layout the rows lie.
-- `event_words`: what a pointer checksum sums, `mix64(mix64(event_id) ^ (position * GOLDEN))`.
+- `event_words`: what a pointer checksum sums, `mix64(mix64(event_id) ^ ((position + 1) * GOLDEN))`.
 
 tests/test_hashing.py holds golden values.
 """
@@ -115,7 +115,8 @@ def id_words(ids: pa.Array | pa.ChunkedArray) -> U64:
 def event_words(event_ids: pa.Array | pa.ChunkedArray, positions: npt.NDArray[np.int64]) -> U64:
     """What a pointer's checksum sums over its range, one word an event. [N] in, [N] out."""
     words = mix64(id_words(event_ids))
-    words ^= positions.astype(np.uint64) * _GOLDEN
+    # From 1: otherwise the id 0 at position 0 would add nothing.
+    words ^= (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN
     return mix64(words)
 
 

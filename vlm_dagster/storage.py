@@ -8,6 +8,7 @@ nobody ever sees half a file.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -191,6 +192,40 @@ class LocalStorage:
         return True
 
 
+class _RangeFile(io.RawIOBase):
+    """An object as a file: every read is one ranged request."""
+
+    def __init__(self, store: Any, path: str) -> None:
+        super().__init__()
+        self._store = store
+        self._path = path
+        self._size = int(store.head(path)["size"])
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        num_bytes = min(len(buffer), self._size - self._at)
+        if num_bytes <= 0:
+            return 0
+        found = self._store.get_range(self._path, start=self._at, length=num_bytes)
+        buffer[:num_bytes] = memoryview(found)
+        self._at += num_bytes
+        return num_bytes
+
+
 class ObjectStorage:
     """An object store (S3, GCS, Azure, ...) through obstore, with deltalake's own options."""
 
@@ -212,9 +247,7 @@ class ObjectStorage:
         self._store: Any = from_url(uri, config=known, client_options=client)
 
     def open_input(self, path: str) -> Any:
-        import obstore
-
-        return pa.PythonFile(obstore.open_reader(self._store, path), mode="r")
+        return pa.PythonFile(_RangeFile(self._store, path), mode="r")
 
     def read_bytes(self, path: str) -> bytes:
         return bytes(self._store.get(path).bytes())
