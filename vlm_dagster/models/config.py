@@ -66,14 +66,14 @@ class HSTUConfig:
         label_head: whether the model also predicts a binary label of (user, candidate item).
     """
 
-    max_length: int = 100
+    max_length: int = 64
     dim: int = 64
     num_layers: int = 2
     num_heads: int = 2
-    dropout: float = 0.2
+    dropout: float = 0.1
     traits: tuple[CategoricalTrait, ...] = ()
     num_time_buckets: int = 64
-    temperature: float = 0.05
+    temperature: float = 0.1
     full_softmax_max_items: int = 50_000
     num_negatives: int = 4_096
     label_head: bool = False

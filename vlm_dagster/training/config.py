@@ -66,6 +66,8 @@ class TrainingConfig:
             for this reason is not reproducible bit by bit.
         seed: seeds weights, dropout, negatives and the order of examples.
         num_workers: the loader's, per rank.
+        shuffle_units: how many of the loader's units have their examples shuffled with each
+            other. Few make a short run see few users; the loader's memory grows with it.
         device: "auto" (CUDA if there is one, else the CPU), "cpu" or "cuda".
         num_threads: CPU threads of torch per rank; None shares this machine's cores out evenly.
         vocabulary_min_count: items seen fewer times in training are unknown.
@@ -88,8 +90,8 @@ class TrainingConfig:
     target_column: str | None = None
     label_column: str | None = None
     model: HSTUConfig = field(default_factory=HSTUConfig)
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    batch_size: int = 128
+    learning_rate: float = 3e-3
     weight_decay: float = 0.0
     warmup_steps: int = 30
     max_grad_norm: float = 1.0
@@ -99,6 +101,7 @@ class TrainingConfig:
     max_seconds: float | None = None
     seed: int = 0
     num_workers: int = 2
+    shuffle_units: int = 16
     device: str = "auto"
     num_threads: int | None = None
     vocabulary_min_count: int = 1
@@ -142,7 +145,13 @@ class TrainingConfig:
         set_(self, "eval_top_k", tuple(self.eval_top_k))
 
     def _check_numbers(self) -> None:
-        for name in ("batch_size", "epochs", "vocabulary_min_count", "eval_batch_size"):
+        for name in (
+            "batch_size",
+            "epochs",
+            "shuffle_units",
+            "vocabulary_min_count",
+            "eval_batch_size",
+        ):
             _check_int(name, getattr(self, name), 1)
         for name in ("warmup_steps", "seed", "num_workers"):
             _check_int(name, getattr(self, name), 0)

@@ -70,6 +70,7 @@ def open_loader(
         world_size=world.size,
         shuffle=shuffle,
         num_workers=config.num_workers,
+        units_per_chunk=config.shuffle_units if shuffle else 1,
         uneven="keep",  # every example exactly once; the training loop copes with unequal ranks
         pin_memory=world.device.type == "cuda",
     )
