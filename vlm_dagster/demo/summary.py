@@ -128,14 +128,10 @@ def show_summary(found: DemoSummary, console: Console) -> None:
 
 
 def _training_line(metrics: dict[str, Any]) -> str:
-    parts = []
-    for key, shown in (("num_steps", "steps"), ("num_examples", "examples"), ("loss", "loss")):
-        if metrics.get(key) is not None:
-            value = metrics[key]
-            parts.append(
-                f"{shown} {value:,.4g}" if isinstance(value, float) else f"{value:,} {shown}"
-            )
-    return ", ".join(parts) or "done"
+    return (
+        f"{metrics['num_steps']:,} steps, {metrics['num_examples']:,} examples, next-item loss "
+        f"{metrics['next_item_loss']:.3f}, waited for data {metrics['data_wait_share']:.0%} of the time"
+    )
 
 
 def _times(fat_bytes: int, found: DemoSummary) -> str:

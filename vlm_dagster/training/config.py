@@ -101,7 +101,7 @@ class TrainingConfig:
     max_seconds: float | None = None
     seed: int = 0
     num_workers: int = 2
-    shuffle_units: int = 16
+    shuffle_units: int = 64
     device: str = "auto"
     num_threads: int | None = None
     vocabulary_min_count: int = 1
