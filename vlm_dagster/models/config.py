@@ -74,7 +74,7 @@ class HSTUConfig:
     traits: tuple[CategoricalTrait, ...] = ()
     num_time_buckets: int = 64
     temperature: float = 0.1
-    full_softmax_max_items: int = 50_000
+    full_softmax_max_items: int = 10_000
     num_negatives: int = 4_096
     label_head: bool = False
 
