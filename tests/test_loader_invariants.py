@@ -237,3 +237,31 @@ def test_tensors_have_the_traits_types(tables: tuple[HistoryStore, PointerDatase
         "rating": torch.float32,
         "liked": torch.bool,
     }
+
+
+def test_changing_a_batch_in_place_changes_no_other(
+    tables: tuple[HistoryStore, PointerDataset],
+) -> None:
+    _, pointers = tables
+    for batch_size in (1, 7):
+        untouched = loaded(pointers.ref(), Projection(TRAITS), batch_size=batch_size, seed=2)
+        found: list[Example] = []
+        loader = SequenceLoader(
+            pointers.ref(), {"ratings": Projection(TRAITS)}, batch_size=batch_size, seed=2
+        )
+        for batch in loader:
+            sequence = batch.sequences["ratings"]
+            for row in range(batch.batch_size):
+                low, high = sequence.offsets[row], sequence.offsets[row + 1]
+                values = {n: v[low:high].tolist() for n, v in sequence.values.items()}
+                found.append(
+                    (
+                        int(batch.examples["user_id"][row]),
+                        int(batch.examples["request_time"][row]),
+                        float(batch.examples["label"][row]),
+                        values,
+                    )
+                )
+            for tensor in (*sequence.values.values(), *batch.examples.values()):
+                tensor.zero_()
+        assert found == untouched

@@ -59,17 +59,19 @@ class Histories:
 
 
 def gather(values: pa.Array, starts: I64, lengths: I64) -> pa.Array:
-    """Ranges of an array, copied one after another: [sum(lengths)].
+    """Ranges of an array, copied one after another into memory of their own: [sum(lengths)].
 
     A list view's flatten is the fastest gather at hand: it copies whole ranges.
     """
-    if len(starts) == 1:
-        return values.slice(int(starts[0]), int(lengths[0]))
     some = lengths > 0
     views = pa.LargeListViewArray.from_arrays(
         pa.array(starts[some]), pa.array(lengths[some]), values
     )
-    return views.flatten()
+    found = views.flatten()
+    if len(found) and found.buffers()[-1].address == values.buffers()[-1].address:
+        # Ranges that happen to adjoin come back as a view of the source.
+        found = found.take(pa.array(np.arange(len(found))))
+    return found
 
 
 def find_sorted(haystack: pa.Array, needles: pa.Array) -> I64:

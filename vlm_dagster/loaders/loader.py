@@ -265,7 +265,7 @@ class SequenceLoader:
             gathered = [unit.arenas[group].sequences(rows) for unit, rows in pieces]
             lengths = np.concatenate([lengths for _, lengths in gathered])
             values = {
-                name: _tensor([columns[name] for columns, _ in gathered])
+                name: _tensor([columns[name] for columns, _ in gathered], own=True)
                 for name in self._projections[group].columns(self._histories[group].group)
             }
             offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -397,12 +397,17 @@ def _refuse_strings(snapshot: Snapshot, projection: Projection) -> None:
             )
 
 
-def _tensor(arrays: Sequence[pa.Array]) -> torch.Tensor:
-    parts = []
-    for array in arrays:
-        if pa.types.is_timestamp(array.type):
-            array = array.cast(pa.int64())
-        parts.append(array.to_numpy(zero_copy_only=False))
-    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _tensor(arrays: Sequence[pa.Array], *, own: bool = False) -> torch.Tensor:
+    """One tensor of some arrays, one after another.
+
+    Args:
+        own: nobody else holds the memory of a single array, so that it can be taken over uncopied.
+    """
+    parts = [a.cast(pa.int64()) if pa.types.is_timestamp(a.type) else a for a in arrays]
+    if len(parts) == 1 and own and not pa.types.is_boolean(parts[0].type) and len(parts[0]):
+        taken: torch.Tensor = torch.from_dlpack(parts[0])
+        return taken
+    values = [part.to_numpy(zero_copy_only=False) for part in parts]
+    whole = values[0] if len(values) == 1 else np.concatenate(values)
     # Arrow's memory is read-only and shared; a tensor's has to be its own.
     return torch.from_numpy(whole if whole.flags.writeable else whole.copy())
