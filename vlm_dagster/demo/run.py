@@ -34,7 +34,7 @@ _EVENTS_PER_BUCKET = 500_000
 _MAX_BUCKETS = 16
 
 # Ranking every held-out example among all items could take longer than everything else.
-_COMMON: dict[str, Any] = {"eval_max_examples": 20_000, "epochs": 10}
+_COMMON: dict[str, Any] = {"eval_max_examples": 20_000, "epochs": 3}
 # Nobody rates a film twice.
 _TRAINING: dict[str, dict[str, Any]] = {"movielens": {"eval_exclude_seen": True}}
 

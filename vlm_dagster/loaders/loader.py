@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from vlm_dagster.errors import PinError, SchemaError
 from vlm_dagster.history import Snapshot, SnapshotRef
@@ -405,7 +406,7 @@ def _tensor(arrays: Sequence[pa.Array], *, own: bool = False) -> torch.Tensor:
     """
     parts = [a.cast(pa.int64()) if pa.types.is_timestamp(a.type) else a for a in arrays]
     if len(parts) == 1 and own and not pa.types.is_boolean(parts[0].type) and len(parts[0]):
-        taken: torch.Tensor = torch.from_dlpack(parts[0])
+        taken: torch.Tensor = from_dlpack(parts[0])
         return taken
     values = [part.to_numpy(zero_copy_only=False) for part in parts]
     whole = values[0] if len(values) == 1 else np.concatenate(values)
