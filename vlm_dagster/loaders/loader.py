@@ -9,15 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import torch
-from torch.utils.dlpack import from_dlpack
 
 from vlm_dagster.errors import PinError, SchemaError
-from vlm_dagster.history import Snapshot, SnapshotRef
+from vlm_dagster.history import SnapshotRef
 from vlm_dagster.loaders import graph
-from vlm_dagster.loaders.batch import Batch, JaggedSequence
+from vlm_dagster.loaders.batch import Batch
+from vlm_dagster.loaders.forming import BatchFormer, UnitsInMemory
 from vlm_dagster.loaders.materialize import UnitData, materialize
+from vlm_dagster.loaders.pins import open_histories, tensor_columns
 from vlm_dagster.loaders.plan import Chunk, Unit, make_plan
 from vlm_dagster.pointers import PointerRef, PointerSnapshot
 from vlm_dagster.schema import Projection
@@ -112,8 +111,9 @@ class SequenceLoader:
         self._histories = open_histories(
             self._pointers, list(self._projections), histories or {}, storage_options
         )
+        self._traits: dict[str, list[str]] = {}
         for group, projection in self._projections.items():
-            _refuse_strings(self._histories[group], projection)
+            self._traits[group] = tensor_columns(self._histories[group], projection)
         self._batch_size = batch_size
         self._seed = seed
         self._rank = rank
@@ -210,7 +210,7 @@ class SequenceLoader:
         node = graph.epoch_graph(
             mine[first:],
             self._read,
-            self._form,
+            BatchFormer(self._columns, self._traits),
             batch_size=self._batch_size,
             skip=skip,
             num_workers=self._num_workers,
@@ -228,14 +228,14 @@ class SequenceLoader:
             del batches, node
         self.set_epoch(self.epoch + 1)
 
-    def _read(self, chunk: Chunk) -> _Chunk:
+    def _read(self, chunk: Chunk) -> UnitsInMemory:
         units = [self._read_unit(unit) for unit in chunk.units]
         total = sum(unit.num_examples for unit in units)
         order = np.arange(total)
         if self._shuffle:
             key = np.random.SeedSequence([self._seed, self.epoch, chunk.number])
             order = np.random.Generator(np.random.Philox(key)).permutation(total)
-        return _Chunk(units, order)
+        return UnitsInMemory(units, order)
 
     def _read_unit(self, unit: Unit) -> UnitData:
         return materialize(
@@ -247,31 +247,6 @@ class SequenceLoader:
             columns=self._columns,
             verify=self._verify,
         )
-
-    def _form(self, parts: Sequence[tuple[graph.ChunkData, I64]]) -> Batch:
-        pieces: list[tuple[UnitData, I64]] = []
-        for chunk, rows in parts:
-            assert isinstance(chunk, _Chunk)
-            pieces.extend(chunk.pieces(rows))
-        examples: dict[str, torch.Tensor] = {}
-        strings: dict[str, list[str]] = {}
-        for name in self._columns:
-            column = pa.concat_arrays([unit.examples[name].take(pa.array(r)) for unit, r in pieces])
-            if pa.types.is_string(column.type):
-                strings[name] = column.to_pylist()
-            else:
-                examples[name] = _tensor([column])
-        sequences = {}
-        for group in self._projections:
-            gathered = [unit.arenas[group].sequences(rows) for unit, rows in pieces]
-            lengths = np.concatenate([lengths for _, lengths in gathered])
-            values = {
-                name: _tensor([columns[name] for columns, _ in gathered], own=True)
-                for name in self._projections[group].columns(self._histories[group].group)
-            }
-            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-            sequences[group] = JaggedSequence(values, torch.from_numpy(offsets))
-        return Batch(examples, sequences, strings)
 
     # -- stopping and going on ------------------------------------------------------------------
 
@@ -325,90 +300,3 @@ class SequenceLoader:
             )
         self.set_epoch(state["epoch"])
         self._num_done = state["num_batches"]
-
-
-class _Chunk(graph.ChunkData):
-    """Units in memory, and the order in which their examples come."""
-
-    def __init__(self, units: Sequence[UnitData], order: I64) -> None:
-        self._units = units
-        self._order = order
-        self._bases = np.cumsum([0, *(unit.num_examples for unit in units)])
-        self.num_examples = len(order)
-
-    def pieces(self, rows: I64) -> list[tuple[UnitData, I64]]:
-        """The examples at these places of the order, as rows of their units. Within a batch,
-        examples of one unit stand together: a batch is a set, and this gathers each unit once."""
-        chosen = self._order[rows]
-        of_unit = np.searchsorted(self._bases, chosen, side="right") - 1
-        return [(self._units[i], chosen[of_unit == i] - self._bases[i]) for i in np.unique(of_unit)]
-
-
-def open_histories(
-    pointers: PointerSnapshot,
-    groups: Sequence[str],
-    moved: Mapping[str, str],
-    storage_options: Mapping[str, str] | None,
-) -> dict[str, Snapshot]:
-    """The newest pinned snapshot of each group, proved to go on from every older one.
-
-    A history only grows at its end, so what holds in an older snapshot holds in the newest, provided
-    that they agree on the windows they share.
-
-    Raises:
-        PinError: the pins of a group do not go on from each other.
-    """
-    found = {}
-    pins = pointers.pins()
-    for group in groups:
-        if group not in pins:
-            raise SchemaError(
-                f"the examples have no pointers into {group!r}",
-                f"They point into {', '.join(sorted(pins))}.",
-            )
-        if not pins[group]:
-            raise SchemaError(
-                f"{pointers.uri} has no sealed window", "Seal pointers before loading them."
-            )
-        newest = max(pins[group], key=lambda pin: pin.version)
-        snapshot = newest.open(storage_options, uri=moved.get(group))
-        for pin in pins[group]:
-            if (
-                pin.table_id != newest.table_id
-                or snapshot.digest_at(pin.watermark_us) != pin.digest
-            ):
-                raise PinError(
-                    f"history {group!r} of {pointers.uri}, pinned at version {pin.version}",
-                    pinned=f"table {pin.table_id}, digest {pin.digest}",
-                    found=f"table {newest.table_id}, digest {snapshot.digest_at(pin.watermark_us)}",
-                    way_out="These windows point into histories that do not go on from each "
-                    "other: load them separately.",
-                )
-        found[group] = snapshot
-    return found
-
-
-def _refuse_strings(snapshot: Snapshot, projection: Projection) -> None:
-    schema = snapshot.group.event_schema
-    for name in projection.columns(snapshot.group):
-        if pa.types.is_string(schema.field(name).type):
-            raise SchemaError(
-                f"column {name!r} of {snapshot.group.name!r} holds strings, which are no tensor",
-                "Leave it out of the projection, or store integer codes instead.",
-            )
-
-
-def _tensor(arrays: Sequence[pa.Array], *, own: bool = False) -> torch.Tensor:
-    """One tensor of some arrays, one after another.
-
-    Args:
-        own: nobody else holds the memory of a single array, so that it can be taken over uncopied.
-    """
-    parts = [a.cast(pa.int64()) if pa.types.is_timestamp(a.type) else a for a in arrays]
-    if len(parts) == 1 and own and not pa.types.is_boolean(parts[0].type) and len(parts[0]):
-        taken: torch.Tensor = from_dlpack(parts[0])
-        return taken
-    values = [part.to_numpy(zero_copy_only=False) for part in parts]
-    whole = values[0] if len(values) == 1 else np.concatenate(values)
-    # Arrow's memory is read-only and shared; a tensor's has to be its own.
-    return torch.from_numpy(whole if whole.flags.writeable else whole.copy())
