@@ -7,23 +7,18 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vlm_dagster.engines import Engine
-from vlm_dagster.engines.local import LocalEngine
-from vlm_dagster.errors import SchemaError
 from vlm_dagster.history.snapshot import Snapshot
 from vlm_dagster.history.validate import validated_events
 from vlm_dagster.schema import FeatureGroup
 from vlm_dagster.sealed import (
     Sealed,
     SealedTable,
-    SealedWindow,
     StagedWindow,
     TableSpec,
-    commit_window,
 )
 from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
-from vlm_dagster.sealed.sweep import DEFAULT_GRACE_S, sweep
-from vlm_dagster.storage import FileInfo
+from vlm_dagster.sealed.owner import WindowedTable, check_num_buckets
 from vlm_dagster.windows import Cadence, Window, WindowGrid
 
 __all__ = ["HistoryStore"]
@@ -31,16 +26,15 @@ __all__ = ["HistoryStore"]
 Progress = Callable[[int], None]
 
 
-class HistoryStore:
+class HistoryStore(WindowedTable):
     """Every event of one feature group, stored once, in immutable windows.
 
     A store is safe to share between threads and cheap to open; processes open their own.
     """
 
     def __init__(self, table: SealedTable, group: FeatureGroup, engine: Engine | None = None):
-        self._table = table
+        super().__init__(table, engine)
         self.group = group
-        self._engine: Engine = engine or LocalEngine()
 
     @classmethod
     def create(
@@ -88,25 +82,6 @@ class HistoryStore:
         table = SealedTable.open(os.fspath(uri), "history", _revive, storage_options)
         return cls(table, FeatureGroup.from_json(table.spec.details["group"]), engine)
 
-    def __repr__(self) -> str:
-        return f"HistoryStore({self.uri!r}, {self.group.name!r})"
-
-    @property
-    def uri(self) -> str:
-        return self._table.uri
-
-    @property
-    def table_id(self) -> str:
-        return self._table.table_id
-
-    @property
-    def num_buckets(self) -> int:
-        return self._table.spec.num_buckets
-
-    @property
-    def grid(self) -> WindowGrid:
-        return self._table.spec.grid
-
     # -- sealing ------------------------------------------------------------------------------
 
     def seal(
@@ -148,10 +123,6 @@ class HistoryStore:
             counts=lambda: {"num_duplicates": duplicates.num_duplicates},
         )
 
-    def commit(self, staged: StagedWindow) -> Sealed:
-        """The second half of `seal`: make a staged window visible, at most once."""
-        return commit_window(self._table, staged)
-
     # -- versions -----------------------------------------------------------------------------
 
     def snapshot(self, version: int | None = None) -> Snapshot:
@@ -161,14 +132,6 @@ class HistoryStore:
             TableError: the version cannot be opened.
         """
         return Snapshot(self._table, self.group, self._table.state(version))
-
-    def sealed_windows(self) -> list[SealedWindow]:
-        """Every window sealed now, oldest first: also those past a gap, which no snapshot shows."""
-        return [sealed for _, sealed in sorted(self._table.state().sealed.items())]
-
-    def version_sealing(self, window: str | Window) -> int:
-        """The version that sealed a window."""
-        return self._table.versions.sealing(self.grid.parse(window))
 
     def version_covering(self, window: str | Window) -> int:
         """The first version whose watermark covers a window; it never changes once there is one.
@@ -182,19 +145,6 @@ class HistoryStore:
         """`version_covering` of many windows, by key, in one pass over the log."""
         parsed = [self.grid.parse(window) for window in windows]
         return self._table.versions.all_covering(parsed)
-
-    def sweep(
-        self, *, older_than_s: float = DEFAULT_GRACE_S, dry_run: bool = True
-    ) -> list[FileInfo]:
-        """Left-over files of killed processes; deleted unless `dry_run`. See `sealed.sweep`."""
-        return sweep(self._table, older_than_s=older_than_s, dry_run=dry_run)
-
-
-def check_num_buckets(num_buckets: int) -> None:
-    if isinstance(num_buckets, bool) or not isinstance(num_buckets, int) or num_buckets < 1:
-        raise SchemaError(f"num_buckets={num_buckets!r}", "Use an integer of 1 or more.")
-    if num_buckets > 65_536:
-        raise SchemaError(f"num_buckets={num_buckets!r} is too many", "Use at most 65,536.")
 
 
 def _spec(group: FeatureGroup, num_buckets: int, grid: WindowGrid, start: str | None) -> TableSpec:

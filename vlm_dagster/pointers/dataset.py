@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from vlm_dagster.engines import Engine
-from vlm_dagster.engines.local import LocalEngine
 from vlm_dagster.errors import InvalidRequestsError, PinError, SchemaError, WindowError
 from vlm_dagster.history.snapshot import Snapshot, SnapshotRef
-from vlm_dagster.history.store import check_num_buckets
 from vlm_dagster.pointers.build import PointerBuilder
 from vlm_dagster.pointers.snapshot import PointerRef, PointerSnapshot, pins_of_window
 from vlm_dagster.pointers.spec import PointerSpec
@@ -25,24 +23,21 @@ from vlm_dagster.sealed import (
     StagedWindow,
     TableSpec,
     TableState,
-    commit_window,
 )
 from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
-from vlm_dagster.sealed.sweep import DEFAULT_GRACE_S, sweep
-from vlm_dagster.storage import FileInfo
+from vlm_dagster.sealed.owner import WindowedTable, check_num_buckets
 from vlm_dagster.windows import Cadence, Window, WindowGrid
 
 __all__ = ["PointerDataset"]
 
 
-class PointerDataset:
+class PointerDataset(WindowedTable):
     """Training examples, each with pointers into pinned histories. Sealed window by window."""
 
     def __init__(self, table: SealedTable, spec: PointerSpec, engine: Engine | None = None) -> None:
-        self._table = table
+        super().__init__(table, engine)
         self.spec = spec
-        self._engine: Engine = engine or LocalEngine()
 
     @classmethod
     def create(
@@ -123,25 +118,6 @@ class PointerDataset:
         table = SealedTable.open(os.fspath(uri), "pointers", _revive, storage_options)
         return cls(table, PointerSpec.from_json(table.spec.details["pointers"]), engine)
 
-    def __repr__(self) -> str:
-        return f"PointerDataset({self.uri!r}, {self.spec.name!r})"
-
-    @property
-    def uri(self) -> str:
-        return self._table.uri
-
-    @property
-    def table_id(self) -> str:
-        return self._table.table_id
-
-    @property
-    def num_buckets(self) -> int:
-        return self._table.spec.num_buckets
-
-    @property
-    def grid(self) -> WindowGrid:
-        return self._table.spec.grid
-
     # -- sealing ------------------------------------------------------------------------------
 
     def seal(
@@ -206,10 +182,6 @@ class PointerDataset:
             },
         )
 
-    def commit(self, staged: StagedWindow) -> Sealed:
-        """The second half of `seal`: make a staged window visible, at most once."""
-        return commit_window(self._table, staged)
-
     def _snapshots(self, histories: Mapping[str, Snapshot | SnapshotRef]) -> dict[str, Snapshot]:
         if set(histories) != set(self.spec.groups):
             raise SchemaError(
@@ -250,14 +222,6 @@ class PointerDataset:
         """What is sealed at a version (the newest if None)."""
         return self._table.state(version)
 
-    def version_sealing(self, window: str | Window) -> int:
-        """The version that sealed a window."""
-        return self._table.versions.sealing(self.grid.parse(window))
-
-    def versions_sealing(self, windows: Collection[str | Window]) -> dict[str, int]:
-        """`version_sealing` of many windows, by key, in one pass over the log."""
-        return self._table.versions.all_sealing([self.grid.parse(window) for window in windows])
-
     def snapshot(
         self, windows: Sequence[str] | None = None, version: int | None = None
     ) -> PointerSnapshot:
@@ -288,12 +252,6 @@ class PointerDataset:
     def ref(self, windows: Sequence[str] | None = None, version: int | None = None) -> PointerRef:
         """A pin of some windows at a version; see `snapshot`."""
         return self.snapshot(windows, version).ref()
-
-    def sweep(
-        self, *, older_than_s: float = DEFAULT_GRACE_S, dry_run: bool = True
-    ) -> list[FileInfo]:
-        """Left-over files of killed processes; deleted unless `dry_run`. See `sealed.sweep`."""
-        return sweep(self._table, older_than_s=older_than_s, dry_run=dry_run)
 
 
 def _check_same_histories(

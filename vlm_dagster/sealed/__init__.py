@@ -6,6 +6,7 @@
     commit.py     one transaction, under the window's lock
     log.py        what is sealed at a version             versions.py   which version sealed what
     reader.py     rows and columns of one file            table.py      all of it, as one table
+    owner.py      what histories and pointer datasets have in common
     verify.py     are the files what was sealed?          sweep.py      what killed processes left
 
 A sealed table is partitioned by (`segment`, `bucket`), each file sorted by (user, time, id), with an
