@@ -33,7 +33,9 @@ Version = Annotated[int | None, typer.Option(help="A Delta version; the newest i
 
 
 def _console(stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    # Piped output keeps digests and paths in one piece.
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 200)
 
 
 @app.command()
@@ -243,7 +245,7 @@ def main() -> None:
     try:
         app()
     except VlmError as error:
-        _console(stderr=True).print(f"[red]error:[/red] {_escaped(str(error))}")
+        _console(stderr=True).print(f"[red]error:[/red] {_escaped(str(error))}", soft_wrap=True)
         if os.environ.get("VLM_TRACEBACK"):
             raise
         sys.exit(1)

@@ -157,7 +157,7 @@ def _window_table(windows: list[dict[str, Any]]) -> Table:
     for name in ("rows", "users", "bytes", "bytes/row"):
         table.add_column(name, justify="right")
     table.add_column("")
-    table.add_column("digest", overflow="fold")
+    table.add_column("digest", overflow="fold", min_width=33)
     most = max(window["num_rows"] for window in windows) or 1
     for window in windows:
         rows = window["num_rows"]
@@ -168,7 +168,7 @@ def _window_table(windows: list[dict[str, Any]]) -> Table:
             f"{window['num_bytes']:,}",
             f"{window['num_bytes'] / rows:.1f}" if rows else "-",
             "█" * round(12 * rows / most),
-            window["digest"],
+            window["digest"].rpartition("-")[2],
         )
     return table
 

@@ -21,6 +21,9 @@ from vlm_dagster.windows import format_us
 
 __all__ = ["show_lineage", "trace"]
 
+Stores = dict[str, HistoryStore]
+"""History tables that are open already: a checkpoint may pin hundreds of versions of one."""
+
 
 def trace(
     opened: Opened,
@@ -34,6 +37,7 @@ def trace(
     Args:
         files: name every file of every pinned version too.
     """
+    stores: Stores = {}
     if isinstance(opened, CheckpointFolder):
         roles = [(role, pin) for role, pin in opened.manifest.pins.items() if pin]
         return {
@@ -42,17 +46,23 @@ def trace(
             "digest": opened.manifest.digest,
             "weights": opened.manifest.weights_file,
             "from": [
-                {"role": role, **_pointers(PointerRef.from_json(pin), files, storage_options)}
+                {
+                    "role": role,
+                    **_pointers(PointerRef.from_json(pin), files, storage_options, stores),
+                }
                 for role, pin in roles
             ],
         }
     if isinstance(opened, HistoryStore):
-        return _history(opened.snapshot().ref(), files, storage_options)
-    return _pointers(opened.ref(), files, storage_options)
+        return _history(opened.snapshot().ref(), files, storage_options, stores)
+    return _pointers(opened.ref(), files, storage_options, stores)
 
 
 def _pointers(
-    ref: PointerRef, files: bool, storage_options: Mapping[str, str] | None
+    ref: PointerRef,
+    files: bool,
+    storage_options: Mapping[str, str] | None,
+    stores: Stores,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
         "kind": "pointers",
@@ -67,12 +77,15 @@ def _pointers(
         found |= _bytes(snapshot.files(), files)
     except VlmError as error:
         found["problem"] = str(error)
-    found["from"] = [_history(pin, files, storage_options) for pin in ref.pins]
+    found["from"] = [_history(pin, files, storage_options, stores) for pin in ref.pins]
     return found
 
 
 def _history(
-    pin: SnapshotRef, files: bool, storage_options: Mapping[str, str] | None
+    pin: SnapshotRef,
+    files: bool,
+    storage_options: Mapping[str, str] | None,
+    stores: Stores,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
         "kind": "history",
@@ -83,7 +96,9 @@ def _history(
         "watermark": None if pin.watermark_us is None else format_us(pin.watermark_us),
     }
     try:
-        snapshot = pin.open(storage_options)
+        if pin.uri not in stores:
+            stores[pin.uri] = HistoryStore.open(pin.uri, storage_options=storage_options)
+        snapshot = pin.open(store=stores[pin.uri])
         found["num_events"] = snapshot.num_events
         found["num_windows"] = len(snapshot.windows)
         found |= _bytes(snapshot.files(), files)
