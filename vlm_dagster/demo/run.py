@@ -202,6 +202,8 @@ def _materialize(
         text = error.description if error is not None else None
         if not text and data.error is not None:
             text = (data.error.cause or data.error).message
+        if text and "DagsterExecutionInterruptedError" in text:
+            text = "it was interrupted. What was sealed stays: run the same command again to go on."
         raise DemoError(step, (text or "see the run in the UI").strip())
     for check in result.get_asset_check_evaluations():
         if not check.passed and check.severity == dg.AssetCheckSeverity.ERROR:

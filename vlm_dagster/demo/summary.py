@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,8 +121,8 @@ def show_summary(found: DemoSummary, console: Console) -> None:
     console.print("\nnext steps", style="bold")
     for what, command in (
         ("look at it in the Dagster UI", "make ui"),
-        ("trace the model to its bytes", f"vlm-dagster lineage {_short(found.checkpoint)}"),
-        ("prove that all is intact", f"vlm-dagster verify --deep {_short(found.checkpoint)}"),
+        ("trace the model to its bytes", f"{_command()} lineage {_short(found.checkpoint)}"),
+        ("prove that all is intact", f"{_command()} verify --deep {_short(found.checkpoint)}"),
         ("start over", "make clean"),
     ):
         console.print(f"  {what:<30} {command}")
@@ -145,6 +147,14 @@ def _size(num_bytes: int) -> str:
             break
         value /= 1000
     return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+
+
+def _command() -> str:
+    """How this command line is called from here: it need not be on the PATH."""
+    if shutil.which("vlm-dagster"):
+        return "vlm-dagster"
+    beside = Path(sys.executable).with_name("vlm-dagster")
+    return _short(str(beside)) if beside.exists() else f"{_short(sys.executable)} -m vlm_dagster"
 
 
 def _short(path: str) -> str:
