@@ -288,19 +288,11 @@ class Snapshot:
             parts.append(index.read(columns, first, end))
         return _in_order(asked, parts, columns, self.group.event_schema)
 
-    def read_ranges(
-        self, user_ids: pa.Array, columns: Sequence[str], first: I64, end: I64
-    ) -> Histories:
-        """The events at positions `[first[i], end[i])` of each user i: what pointers name.
-
-        Args:
-            user_ids: [U] sorted and distinct.
-            columns: stored columns, traits or not.
-            first, end: [U] positions.
+    def index_through(self, user_ids: pa.Array, end: I64) -> BucketIndex:
+        """`index_of` of users whose histories are known to reach at least `end`, [U].
 
         Raises:
-            PinError: a history ends before `end`, so it is not the one that was pointed into.
-            CorruptFileError: a file is missing or damaged.
+            PinError: a history ends before, so it is not the one that was pointed into.
         """
         index = self.index_of(user_ids)
         short = np.flatnonzero(index.num_events < end)
@@ -313,7 +305,7 @@ class Snapshot:
                 way_out="The pointers were built on another history: read them with the "
                 "snapshot that they pin.",
             )
-        return index.read(columns, first, end)
+        return index
 
     def column_chunks(self, column: str) -> Iterator[pa.Array]:
         """All values of one column, a file at a time, windows in order."""

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from vlm_dagster.errors import ChecksumError
-from vlm_dagster.history import Histories, Snapshot
-from vlm_dagster.history.arena import gather
-from vlm_dagster.pointers import PointerSnapshot, checksum_of_ranges
+from vlm_dagster.history import Snapshot
+from vlm_dagster.history.arena import BucketIndex, gather
+from vlm_dagster.pointers import PointerSnapshot
+from vlm_dagster.pointers.spans import outer_ranges, spans
 from vlm_dagster.pointers.spec import pointer_fields
 from vlm_dagster.schema import Projection
 
@@ -77,8 +78,9 @@ def materialize(
         projections: what to read of each group.
         user_ids: [U] of this bucket, sorted and distinct.
         columns: the examples' columns to return.
-        verify: recompute every pointer's checksum from the events. It spans the pointer's full
-            length, so this reads the ids of events that the projection cuts off.
+        verify: recompute every pointer's checksum from the events first. It spans the pointer's
+            full length, so this reads the ids of events that the projection cuts off, a bounded
+            number at a time.
 
     Raises:
         ChecksumError: a sequence is not the one that its pointer was made for.
@@ -119,45 +121,32 @@ def _arena(
     pointer: Mapping[str, I64],
     verify: bool,
 ) -> Arena:
-    end, full_length = pointer["end_position"], pointer["length"]
-    length = full_length
+    end, length = pointer["end_position"], pointer["length"]
+    num_users = len(user_ids)
+    index = snapshot.index_through(user_ids, outer_ranges(num_users, rank, end, end)[1])
+    if verify:
+        _check(snapshot, index, rank, pointer)
     if projection.max_length is not None:
-        length = np.minimum(full_length, projection.max_length)
-    spanned = full_length if verify else length
-    first = np.full(len(user_ids), np.iinfo(np.int64).max)
-    last = np.zeros(len(user_ids), np.int64)
-    np.minimum.at(first, rank, end - spanned)
-    np.maximum.at(last, rank, end)
-    first = np.minimum(first, last)
-    columns = projection.columns(snapshot.group)
-    if verify:
-        columns = list(dict.fromkeys([*columns, "event_id"]))
-    read = snapshot.read_ranges(user_ids, columns, first, last)
+        length = np.minimum(length, projection.max_length)
+    first, last = outer_ranges(num_users, rank, end - length, end)
+    read = index.read(projection.columns(snapshot.group), first, last)
     base = (read.offsets[:-1] - first)[rank]
-    if verify:
-        _check(snapshot, user_ids, rank, pointer, read, first, base)
-    wanted = projection.columns(snapshot.group)
-    return Arena({name: read.columns[name] for name in wanted}, base + end - length, length)
+    return Arena(read.columns, base + end - length, length)
 
 
-def _check(
-    snapshot: Snapshot,
-    user_ids: pa.Array,
-    rank: I64,
-    pointer: Mapping[str, I64],
-    read: Histories,
-    first: I64,
-    base: I64,
-) -> None:
-    positions = np.arange(read.num_events) + np.repeat(first - read.offsets[:-1], read.lengths)
-    ends = base + pointer["end_position"]
-    found = checksum_of_ranges(read.columns["event_id"], positions, ends - pointer["length"], ends)
-    bad = np.flatnonzero(found != pointer["checksum"])
-    if len(bad):
-        row = int(bad[0])
+def _check(snapshot: Snapshot, index: BucketIndex, rank: I64, pointer: Mapping[str, I64]) -> None:
+    """Apart from reading what is projected: a pointer may span far more events than that."""
+    bad: list[int] = []
+    end, length = pointer["end_position"], pointer["length"]
+    for span in spans(index, ["event_id"], rank, end, length):
+        wrong = span.checksums() != pointer["checksum"][span.rows]
+        bad.extend(span.rows[wrong].tolist())
+    bad.extend(np.flatnonzero((length == 0) & (pointer["checksum"] != 0)).tolist())
+    if bad:
+        row = min(bad)
         raise ChecksumError(
             group=snapshot.group.name,
-            user_id=user_ids[int(rank[row])].as_py(),
-            end_position=int(pointer["end_position"][row]),
+            user_id=index.user_ids[int(rank[row])].as_py(),
+            end_position=int(end[row]),
             num_bad=len(bad),
         )

@@ -19,7 +19,7 @@ from vlm_dagster.errors import InvalidRequestsError
 from vlm_dagster.hashing import id_words, mix64, run_lengths
 from vlm_dagster.history import Histories, Snapshot
 from vlm_dagster.history.arena import BucketIndex
-from vlm_dagster.pointers.checksum import checksum_of_ranges
+from vlm_dagster.pointers.spans import spans
 from vlm_dagster.pointers.spec import PointerSpec, pointer_fields
 from vlm_dagster.schema import TIME_TYPE
 from vlm_dagster.windows import Window
@@ -27,9 +27,6 @@ from vlm_dagster.windows import Window
 __all__ = ["PointerBuilder"]
 
 I64 = npt.NDArray[np.int64]
-
-# Events in memory at once: 32 MB of ids and times, however many users have how long histories.
-_MAX_EVENTS_AT_ONCE = 2_000_000
 
 
 class PointerBuilder:
@@ -169,32 +166,14 @@ def _order(rank: I64, times: I64, ids: pa.Array) -> pa.Array:
 
 def _measure(index: BucketIndex, rank: I64, end: I64, length: I64, times: I64) -> dict[str, I64]:
     """The parts of one group's pointers, from the ids and times of the events they span."""
-    num_users = len(index.user_ids)
-    start = end - length
-    first = np.full(num_users, np.iinfo(np.int64).max)
-    last = np.zeros(num_users, np.int64)
-    np.minimum.at(first, rank, start)
-    np.maximum.at(last, rank, end)
-    first = np.minimum(first, last)
     checksums = np.zeros(len(rank), np.int64)
     # An empty range has no events to take times from; its request's time stands in.
     start_times, end_times = times.copy(), times.copy()
-    for low, high in _portions(last - first):
-        rows = np.flatnonzero((rank >= low) & (rank < high) & (length > 0))
-        if not len(rows):
-            continue
-        arena = index.users(low, high).read(
-            ["event_id", "available_at"], first[low:high], last[low:high]
-        )
-        base = arena.offsets[:-1][rank[rows] - low] - first[rank[rows]]
-        begins, ends = base + start[rows], base + end[rows]
-        positions = np.arange(arena.num_events) + np.repeat(
-            first[low:high] - arena.offsets[:-1], arena.lengths
-        )
-        checksums[rows] = checksum_of_ranges(arena.columns["event_id"], positions, begins, ends)
-        available = _as_int(arena.columns["available_at"])
-        start_times[rows] = available[begins]
-        end_times[rows] = available[ends - 1]
+    for span in spans(index, ["event_id", "available_at"], rank, end, length):
+        checksums[span.rows] = span.checksums()
+        available = _as_int(span.arena.columns["available_at"])
+        start_times[span.rows] = available[span.begins]
+        end_times[span.rows] = available[span.ends - 1]
     return {
         "end_position": end,
         "length": length,
@@ -202,15 +181,3 @@ def _measure(index: BucketIndex, rank: I64, end: I64, length: I64, times: I64) -
         "end_time": end_times,
         "checksum": checksums,
     }
-
-
-def _portions(num_events: I64) -> Iterator[tuple[int, int]]:
-    """Ranges of users with a bounded number of events each (or one user)."""
-    ends = np.cumsum(num_events)
-    low = 0
-    while low < len(ends):
-        done = ends[low - 1] if low else 0
-        high = int(np.searchsorted(ends, done + _MAX_EVENTS_AT_ONCE, side="right"))
-        high = max(high, low + 1)
-        yield low, high
-        low = high
