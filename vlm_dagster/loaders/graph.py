@@ -6,7 +6,7 @@ the nodes hold no state of their own: a resumed epoch is a new graph that begins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,10 @@ class ChunkData:
     """A chunk in memory: anything that knows its size and can form a batch of parts."""
 
     num_examples: int
+
+
+Form = Callable[[Sequence[tuple[ChunkData, I64]]], Batch]
+"""Forms a batch of some rows of some chunks."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,10 @@ class Rebatch(BaseNode[Batch | Failure]):  # type: ignore[misc]
         source: BaseNode[ChunkData | Failure],
         batch_size: int,
         skip: int,
-        form: Callable[[Sequence[tuple[ChunkData, I64]]], Batch],
+        form: Form,
     ) -> None:
         super().__init__()
-        self._source = source
+        self._source: BaseNode[ChunkData | Failure] | None = source
         self._batch_size = batch_size
         self._skip = skip
         self._form = form
@@ -67,46 +71,58 @@ class Rebatch(BaseNode[Batch | Failure]):  # type: ignore[misc]
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
+        assert self._source is not None, "a graph is gone over once"
         self._source.reset()
-        self._batches = self._cut()
+        self._batches = _cut(self._source, self._batch_size, self._skip, self._form)
 
     def next(self) -> Batch | Failure:
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except StopIteration:
+            # torchdata keeps this exception, and so this node, in a cycle of its own; what must not
+            # wait for the garbage collector is the source with its threads.
+            self._source = None
+            raise
 
     def get_state(self) -> dict[str, Any]:
         return {}
 
-    def _cut(self) -> Iterator[Batch | Failure]:
-        parts: list[tuple[ChunkData, I64]] = []
-        missing = self._batch_size
-        skip = self._skip
-        for chunk in self._source:
-            if isinstance(chunk, Failure):
-                yield chunk
-                return
-            at, skip = skip, 0
-            while at < chunk.num_examples:
-                end = min(at + missing, chunk.num_examples)
-                parts.append((chunk, np.arange(at, end)))
-                missing -= end - at
-                at = end
-                if missing == 0:
-                    yield self._formed(parts)
-                    parts, missing = [], self._batch_size
-        if parts:
-            yield self._formed(parts)
 
-    def _formed(self, parts: Sequence[tuple[ChunkData, I64]]) -> Batch | Failure:
-        try:
-            return self._form(parts)
-        except Exception as error:
-            return Failure(error)
+def _cut(
+    source: Iterable[ChunkData | Failure], batch_size: int, skip: int, form: Form
+) -> Iterator[Batch | Failure]:
+    # Not a method: a generator that held its node would be a cycle, and a graph that is dropped
+    # would keep its threads until the garbage collector comes by.
+    parts: list[tuple[ChunkData, I64]] = []
+    missing = batch_size
+    for chunk in source:
+        if isinstance(chunk, Failure):
+            yield chunk
+            return
+        at, skip = skip, 0
+        while at < chunk.num_examples:
+            end = min(at + missing, chunk.num_examples)
+            parts.append((chunk, np.arange(at, end)))
+            missing -= end - at
+            at = end
+            if missing == 0:
+                yield _formed(form, parts)
+                parts, missing = [], batch_size
+    if parts:
+        yield _formed(form, parts)
+
+
+def _formed(form: Form, parts: Sequence[tuple[ChunkData, I64]]) -> Batch | Failure:
+    try:
+        return form(parts)
+    except Exception as error:
+        return Failure(error)
 
 
 def epoch_graph(
     chunks: Sequence[Chunk],
     read: Callable[[Chunk], ChunkData],
-    form: Callable[[Sequence[tuple[ChunkData, I64]]], Batch],
+    form: Form,
     *,
     batch_size: int,
     skip: int,
@@ -134,7 +150,10 @@ def epoch_graph(
 def run(node: BaseNode[Batch | Failure]) -> Iterator[Batch]:
     """Go over a graph once; errors come out as they were raised."""
     node.reset()
-    for item in node:
-        if isinstance(item, Failure):
-            raise item.error
-        yield item
+    try:
+        for item in node:
+            if isinstance(item, Failure):
+                raise item.error
+            yield item
+    finally:
+        del node  # whoever keeps the error keeps this frame, which must not keep the threads
