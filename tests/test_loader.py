@@ -84,6 +84,17 @@ def test_epochs_and_seeds_differ_in_order_only(pointers: PointerDataset) -> None
     assert [content(b) for b in loader_of(pointers, seed=8)] != first
 
 
+def test_an_epoch_under_way_keeps_its_order(pointers: PointerDataset) -> None:
+    unbroken = [content(batch) for batch in loader_of(pointers)]
+    loader = loader_of(pointers, num_workers=0, prefetch=0, units_per_chunk=1)
+    plain = [content(b) for b in loader_of(pointers, units_per_chunk=1)]
+    found = []
+    for batch in loader:
+        found.append(content(batch))
+        loader.epoch = 3
+    assert found == plain != unbroken
+
+
 def test_resuming_at_any_batch_gives_the_batches_that_would_have_come(
     pointers: PointerDataset,
 ) -> None:

@@ -62,9 +62,10 @@ def demo(
 ) -> None:
     """Run the main job, end to end, through Dagster: events to a trained model, into VLM_HOME."""
     from vlm_dagster.commands.demo import run
+    from vlm_dagster.demo.settings import home_folder
 
     run(
-        _home().absolute(),
+        home_folder(),
         events=events,
         format=format,
         windows=windows,
@@ -113,8 +114,9 @@ def ui(
 ) -> None:
     """Open the Dagster UI on what the demo made: web server, schedules and automation."""
     from vlm_dagster.commands.ui import serve
+    from vlm_dagster.demo.settings import home_folder
 
-    serve(_home().absolute(), host, port)
+    serve(home_folder(), host, port)
 
 
 @app.command()
@@ -255,7 +257,3 @@ def _escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-def _home() -> Path:
-    return Path(os.environ.get("VLM_HOME", ".vlm"))

@@ -12,7 +12,7 @@ from deltalake.exceptions import DeltaError
 
 from vlm_dagster.assets.reference import find_leaks, newest_requests_us
 from vlm_dagster.errors import SchemaError, VlmError
-from vlm_dagster.history import HistoryStore
+from vlm_dagster.history import PinOpener
 from vlm_dagster.io_managers.history import VlmHistoryIOManager
 from vlm_dagster.io_managers.pointers import VlmPointerIOManager
 from vlm_dagster.io_managers.tables import io_manager_of
@@ -119,12 +119,10 @@ def _within_watermark(
 ) -> dg.AssetCheckResult:
     problems: list[str] = []
     pins = {pin for found in snapshot.pins().values() for pin in found}
-    stores: dict[str, HistoryStore] = {}
+    opened = PinOpener(manager.options)
     for pin in sorted(pins, key=lambda p: (p.uri, p.version)):
         try:
-            if pin.uri not in stores:
-                stores[pin.uri] = HistoryStore.open(pin.uri, storage_options=manager.options)
-            pin.open(store=stores[pin.uri])
+            opened(pin)
         except VlmError as error:
             problems.append(str(error))
     requests = newest_requests_us(snapshot, manager.options)

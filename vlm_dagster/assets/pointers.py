@@ -18,7 +18,7 @@ from vlm_dagster.assets.partitions import grid_of, start_of
 from vlm_dagster.assets.sealing import materialize_windows
 from vlm_dagster.assets.sources import WindowSource
 from vlm_dagster.errors import SchemaError, WindowSealedError
-from vlm_dagster.history import SnapshotRef, open_pins
+from vlm_dagster.history import PinOpener, SnapshotRef
 from vlm_dagster.io_managers.failures import told_to_dagster
 from vlm_dagster.io_managers.handles import Sealing, keep_sealed
 from vlm_dagster.io_managers.pointers import VlmPointerIOManager
@@ -136,8 +136,7 @@ def pointer_asset(
                 staged: list[StagedWindow] = []
                 for key in context.partition_keys:
                     pins[key] = _of_window(key, inputs)
-                refs = [ref for of_window in pins.values() for ref in of_window.values()]
-                opened = open_pins(refs, manager.options)
+                opened = PinOpener(manager.options)
                 for key in context.partition_keys:
                     found = sealed.get(key)
                     if found is not None and choice is OnSealed.REUSE:
@@ -146,7 +145,7 @@ def pointer_asset(
                     rows = source(grid.parse(key), context=context, histories=pins[key])
                     if rows is None:
                         rows = []
-                    snapshots = {group: opened[ref] for group, ref in pins[key].items()}
+                    snapshots = {group: opened(ref) for group, ref in pins[key].items()}
                     one = dataset.stage(key, rows, snapshots)
                     if found is not None and found.digest != one.digest:
                         # Found out here, before any window of the run is committed.

@@ -15,14 +15,11 @@ from rich.tree import Tree
 
 from vlm_dagster.commands.opening import CheckpointFolder, Opened
 from vlm_dagster.errors import VlmError
-from vlm_dagster.history import HistoryStore, SnapshotRef
+from vlm_dagster.history import HistoryStore, PinOpener, SnapshotRef
 from vlm_dagster.pointers import PointerRef
 from vlm_dagster.windows import format_us
 
 __all__ = ["show_lineage", "trace"]
-
-Stores = dict[str, HistoryStore]
-"""History tables that are open already: a checkpoint may pin hundreds of versions of one."""
 
 
 def trace(
@@ -37,7 +34,7 @@ def trace(
     Args:
         files: name every file of every pinned version too.
     """
-    stores: Stores = {}
+    opened_pins = PinOpener(storage_options)
     if isinstance(opened, CheckpointFolder):
         roles = [(role, pin) for role, pin in opened.manifest.pins.items() if pin]
         return {
@@ -48,21 +45,21 @@ def trace(
             "from": [
                 {
                     "role": role,
-                    **_pointers(PointerRef.from_json(pin), files, storage_options, stores),
+                    **_pointers(PointerRef.from_json(pin), files, storage_options, opened_pins),
                 }
                 for role, pin in roles
             ],
         }
     if isinstance(opened, HistoryStore):
-        return _history(opened.snapshot().ref(), files, storage_options, stores)
-    return _pointers(opened.ref(), files, storage_options, stores)
+        return _history(opened.snapshot().ref(), files, opened_pins)
+    return _pointers(opened.ref(), files, storage_options, opened_pins)
 
 
 def _pointers(
     ref: PointerRef,
     files: bool,
     storage_options: Mapping[str, str] | None,
-    stores: Stores,
+    opened_pins: PinOpener,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
         "kind": "pointers",
@@ -77,15 +74,14 @@ def _pointers(
         found |= _bytes(snapshot.files(), files)
     except VlmError as error:
         found["problem"] = str(error)
-    found["from"] = [_history(pin, files, storage_options, stores) for pin in ref.pins]
+    found["from"] = [_history(pin, files, opened_pins) for pin in ref.pins]
     return found
 
 
 def _history(
     pin: SnapshotRef,
     files: bool,
-    storage_options: Mapping[str, str] | None,
-    stores: Stores,
+    opened_pins: PinOpener,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
         "kind": "history",
@@ -96,9 +92,7 @@ def _history(
         "watermark": None if pin.watermark_us is None else format_us(pin.watermark_us),
     }
     try:
-        if pin.uri not in stores:
-            stores[pin.uri] = HistoryStore.open(pin.uri, storage_options=storage_options)
-        snapshot = pin.open(store=stores[pin.uri])
+        snapshot = opened_pins(pin)
         found["num_events"] = snapshot.num_events
         found["num_windows"] = len(snapshot.windows)
         found |= _bytes(snapshot.files(), files)

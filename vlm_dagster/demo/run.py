@@ -27,7 +27,7 @@ from vlm_dagster.windows import Cadence, WindowGrid
 if TYPE_CHECKING:
     import dagster as dg
 
-__all__ = ["DemoError", "DemoRun", "dagster_home", "prepare", "run_demo"]
+__all__ = ["DemoError", "DemoRun", "dagster_home", "made_up", "prepare", "run_demo"]
 
 _RANGE = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
 _EVENTS_PER_BUCKET = 500_000
@@ -52,7 +52,6 @@ class DemoRun:
 
     settings: DemoSettings
     home: Path
-    landing: Landing
     seconds: Mapping[str, float]
 
 
@@ -85,7 +84,8 @@ def prepare(
             WindowGrid(cadence),
             progress=lambda done: bar.update(task, completed=done),
         )
-        bar.update(task, total=1, completed=1)
+        size = source.num_bytes or 1
+        bar.update(task, total=size, completed=size)
     windows = landing.windows
     if not windows:
         raise SourceFormatError(
@@ -169,7 +169,7 @@ def run_demo(settings: DemoSettings, landing: Landing, home: Path, *, console: C
     with dg.DagsterInstance.get() as instance:
         for name in names[3:]:
             seconds[name] = _materialize(definitions, instance, name, [name], {})
-    return DemoRun(settings, home, landing, seconds)
+    return DemoRun(settings, home, seconds)
 
 
 def _asset_names(settings: DemoSettings) -> list[str]:

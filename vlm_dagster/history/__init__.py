@@ -5,7 +5,7 @@ snapshot.py: a table at one version   arena.py: users' histories in memory
 """
 
 from vlm_dagster.history.arena import Histories
-from vlm_dagster.history.snapshot import Snapshot, SnapshotRef, open_pins
+from vlm_dagster.history.snapshot import PinOpener, Snapshot, SnapshotRef
 from vlm_dagster.history.store import HistoryStore
 
-__all__ = ["Histories", "HistoryStore", "Snapshot", "SnapshotRef", "open_pins"]
+__all__ = ["Histories", "HistoryStore", "PinOpener", "Snapshot", "SnapshotRef"]

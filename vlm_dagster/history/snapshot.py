@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from vlm_dagster.windows import format_us
 if TYPE_CHECKING:
     from vlm_dagster.history.store import HistoryStore
 
-__all__ = ["Snapshot", "SnapshotRef", "open_pins", "prefix_digest"]
+__all__ = ["PinOpener", "Snapshot", "SnapshotRef", "prefix_digest"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -124,19 +124,22 @@ class SnapshotRef:
         return f"{self.group} version {self.version} (complete up to {mark})"
 
 
-def open_pins(
-    pins: Iterable[SnapshotRef], storage_options: Mapping[str, str] | None = None
-) -> dict[SnapshotRef, Snapshot]:
-    """Open many pins, each table once."""
-    from vlm_dagster.history.store import HistoryStore
+class PinOpener:
+    """Opens pins, each table once: many pins of one table then share what was read of it."""
 
-    stores: dict[str, HistoryStore] = {}
-    found: dict[SnapshotRef, Snapshot] = {}
-    for pin in pins:
-        if pin.uri not in stores:
-            stores[pin.uri] = HistoryStore.open(pin.uri, storage_options=storage_options)
-        found[pin] = pin.open(store=stores[pin.uri])
-    return found
+    def __init__(self, storage_options: Mapping[str, str] | None = None) -> None:
+        self._storage_options = storage_options
+        self._stores: dict[str, HistoryStore] = {}
+
+    def __call__(self, pin: SnapshotRef) -> Snapshot:
+        """The pinned snapshot, or the errors of `SnapshotRef.open`."""
+        from vlm_dagster.history.store import HistoryStore
+
+        if pin.uri not in self._stores:
+            self._stores[pin.uri] = HistoryStore.open(
+                pin.uri, storage_options=self._storage_options
+            )
+        return pin.open(store=self._stores[pin.uri])
 
 
 class Snapshot:

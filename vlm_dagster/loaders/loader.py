@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -209,7 +210,7 @@ class SequenceLoader:
             first += 1
         node = graph.epoch_graph(
             mine[first:],
-            self._read,
+            partial(self._read, self.epoch),
             BatchFormer(self._columns, self._traits),
             batch_size=self._batch_size,
             skip=skip,
@@ -228,12 +229,12 @@ class SequenceLoader:
             del batches, node
         self.set_epoch(self.epoch + 1)
 
-    def _read(self, chunk: Chunk) -> UnitsInMemory:
+    def _read(self, epoch: int, chunk: Chunk) -> UnitsInMemory:
         units = [self._read_unit(unit) for unit in chunk.units]
         total = sum(unit.num_examples for unit in units)
         order = np.arange(total)
         if self._shuffle:
-            key = np.random.SeedSequence([self._seed, self.epoch, chunk.number])
+            key = np.random.SeedSequence([self._seed, epoch, chunk.number])
             order = np.random.Generator(np.random.Philox(key)).permutation(total)
         return UnitsInMemory(units, order)
 

@@ -87,7 +87,8 @@ def materialize(
         PinError, CorruptFileError: the histories cannot be what was pinned.
     """
     fields = {group: pointer_fields(group) for group in projections}
-    needed = [name for names in fields.values() for name in _parts(names, verify)]
+    parts = ["end_position", "length", *(["checksum"] if verify else [])]
+    needed = [names[part] for names in fields.values() for part in parts]
     index = pointers.bucket_index(bucket, user_ids)
     num_examples = index.num_events
     read = index.read(
@@ -96,21 +97,11 @@ def materialize(
     rank = np.repeat(np.arange(len(user_ids)), num_examples)
     arenas = {}
     for group, projection in projections.items():
-        part = {
-            name: read.columns[column].to_numpy(zero_copy_only=False)
-            for name, column in _named_parts(fields[group], verify)
+        pointer = {
+            part: read.columns[fields[group][part]].to_numpy(zero_copy_only=False) for part in parts
         }
-        arenas[group] = _arena(histories[group], projection, user_ids, rank, part, verify)
+        arenas[group] = _arena(histories[group], projection, user_ids, rank, pointer, verify)
     return UnitData({name: read.columns[name] for name in columns}, arenas)
-
-
-def _named_parts(names: Mapping[str, str], verify: bool) -> list[tuple[str, str]]:
-    parts = ["end_position", "length", *(["checksum"] if verify else [])]
-    return [(part, names[part]) for part in parts]
-
-
-def _parts(names: Mapping[str, str], verify: bool) -> list[str]:
-    return [column for _, column in _named_parts(names, verify)]
 
 
 def _arena(

@@ -74,7 +74,6 @@ class SegmentWriter:
         sort_columns: Sequence[str],
         extremes: Sequence[Extreme] = (),
     ) -> None:
-        self._local = local
         self._schema = schema
         self._header = header
         self._time = sort_columns[1]
