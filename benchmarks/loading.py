@@ -23,9 +23,9 @@ import torch
 from benchmarks.data import GRID, GROUP, day, even_history
 from benchmarks.measure import in_turn, timed
 from vlm_dagster import HistoryStore, PointerDataset, Projection, SequenceLoader
-from vlm_dagster.history.arena import gather
 from vlm_dagster.loaders.materialize import materialize
 from vlm_dagster.loaders.plan import make_plan
+from vlm_dagster.sealed.gathering import gather
 
 TRAITS = ["item_id", "author_id", "category", "dwell_seconds"]
 BATCH = 256

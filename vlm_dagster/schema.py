@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from vlm_dagster.encodings import check_encoding
 from vlm_dagster.errors import SchemaError
 
 __all__ = ["FeatureGroup", "Projection", "Trait", "check_name"]
@@ -55,11 +56,14 @@ class Trait:
         type: bool, int8-int64, float32, float64, string or timestamp("us", "UTC").
         missing: what a null in the source becomes when it is sealed. None (the default) refuses
             nulls. Stored columns never hold nulls, so that a sequence is one dense tensor.
+        encoding: how its values are stored: "delta", "dictionary", "byte_stream_split" or
+            "plain". None (the default) chooses by type. It changes the size, never the values.
     """
 
     name: str
     type: pa.DataType
     missing: bool | int | float | str | None = None
+    encoding: str | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name, "trait name")
@@ -92,19 +96,22 @@ class Trait:
                 OverflowError,
             ) as error:
                 raise SchemaError(f"{what} ({error})", way_out) from None
+        if self.encoding is not None:
+            check_encoding(self.name, self.encoding, self.type)
 
     def to_json(self) -> dict[str, Any]:
         missing: Any = self.missing
         if isinstance(missing, float) and not math.isfinite(missing):
             missing = {"float": str(missing)}  # JSON has no NaN
-        return {"name": self.name, "type": str(self.type), "missing": missing}
+        found = {"name": self.name, "type": str(self.type), "missing": missing}
+        return found if self.encoding is None else {**found, "encoding": self.encoding}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Trait:
         missing = value["missing"]
         if isinstance(missing, dict):
             missing = float(missing["float"])
-        return cls(value["name"], _TRAIT_TYPES[value["type"]], missing)
+        return cls(value["name"], _TRAIT_TYPES[value["type"]], missing, value.get("encoding"))
 
 
 @dataclass(frozen=True)
@@ -173,8 +180,25 @@ class FeatureGroup:
             )
 
     @property
+    def clock(self) -> str:
+        """The column that says when an event became available."""
+        return "available_at" if self.availability == "recorded" else "event_time"
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Columns of an event that are not stored, and the stored ones that they equal."""
+        return {} if self.availability == "recorded" else {"available_at": "event_time"}
+
+    @property
+    def stored_schema(self) -> pa.Schema:
+        """`event_schema` without `available_at` where that would repeat `event_time`."""
+        schema = self.event_schema
+        at = schema.get_field_index("available_at")
+        return schema if self.availability == "recorded" else schema.remove(at)
+
+    @property
     def event_schema(self) -> pa.Schema:
-        """The stored columns of one event, in order, without the partition columns."""
+        """The columns of one event, in order, without the partition columns."""
         return pa.schema(
             [
                 pa.field("user_id", self.user_id, nullable=False),

@@ -149,13 +149,14 @@ def _events(pin: SnapshotRef, users: list[Any], options: Options) -> Events:
     buckets = pa.array(bucket_of(asked, _num_buckets(table)), pa.int32())
     # The bucket only spares files; were it wrong, events would be missing, and the check fail.
     wanted = ds.field("bucket").isin(buckets) & ds.field("user_id").isin(asked)
-    found = table.to_pyarrow_dataset().to_table(
-        columns=["user_id", "event_id", "available_at"], filter=wanted
-    )
+    dataset = table.to_pyarrow_dataset()
+    # Where events carry no availability, they are available when they happen.
+    clock = "available_at" if "available_at" in dataset.schema.names else "event_time"
+    found = dataset.to_table(columns=["user_id", "event_id", clock], filter=wanted)
     events: Events = {}
     columns = (
         found["user_id"].to_pylist(),
-        found["available_at"].cast(pa.int64()).to_pylist(),
+        found[clock].cast(pa.int64()).to_pylist(),
         found["event_id"].to_pylist(),
     )
     for user, time_us, event_id in zip(*columns, strict=True):

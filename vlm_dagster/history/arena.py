@@ -1,16 +1,17 @@
 """Users' histories in memory, and how they get there from the files of many windows.
 
 An arena holds one contiguous array a trait, each user's events adjacent, oldest first. It is filled
-by arithmetic: the index in every file's footer says how many events each user has there, so the
-positions of all of them, and with those the row ranges to read, are known before a column is
-touched.
+by arithmetic: the index in every file's footer says how many events each user has there and in
+which bands they lie, so the positions of all of them, and with those the row ranges to read, are
+known before a column is touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -18,9 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vlm_dagster.sealed.gathering import gather
 from vlm_dagster.sealed.reader import SegmentReader
 
-__all__ = ["BucketIndex", "Histories", "gather"]
+__all__ = ["BucketIndex", "Histories"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -58,22 +60,6 @@ class Histories:
         return {name: values.slice(start, end - start) for name, values in self.columns.items()}
 
 
-def gather(values: pa.Array, starts: I64, lengths: I64) -> pa.Array:
-    """Ranges of an array, copied one after another into memory of their own: [sum(lengths)].
-
-    A list view's flatten is the fastest gather at hand: it copies whole ranges.
-    """
-    some = lengths > 0
-    views = pa.LargeListViewArray.from_arrays(
-        pa.array(starts[some]), pa.array(lengths[some]), values
-    )
-    found = views.flatten()
-    if len(found) and found.buffers()[-1].address == values.buffers()[-1].address:
-        # Ranges that happen to adjoin come back as a view of the source.
-        found = found.take(pa.array(np.arange(len(found))))
-    return found
-
-
 def find_sorted(haystack: pa.Array, needles: pa.Array) -> I64:
     """Where each needle stands in a sorted haystack of distinct ids, -1 if nowhere; needles are
     sorted and distinct."""
@@ -96,23 +82,27 @@ class BucketIndex:
         readers: the files of all buckets of these users, in window order.
         user_ids: [U] sorted and distinct.
         schema: the types of the columns, for when there is nothing to read.
+        aliases: columns that are not stored, and the stored ones that they equal.
     """
 
     def __init__(
-        self, readers: Sequence[SegmentReader], user_ids: pa.Array, schema: pa.Schema
+        self,
+        readers: Sequence[SegmentReader],
+        user_ids: pa.Array,
+        schema: pa.Schema,
+        aliases: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._readers = list(readers)
         self._schema = schema
+        self._aliases = aliases
         self.user_ids = user_ids
         shape = (len(self._readers), len(user_ids))
         self._at = np.full(shape, -1, np.int64)
-        self._rows = np.zeros(shape, np.int64)
         self._counts = np.zeros(shape, np.int64)
         for i, reader in enumerate(self._readers):
             at = find_sorted(reader.users.user_ids, user_ids)
             known = at >= 0
             self._at[i] = at
-            self._rows[i, known] = reader.users.starts[at[known]]
             self._counts[i, known] = reader.users.counts[at[known]]
         self._ends = np.cumsum(self._counts, axis=0)
 
@@ -144,7 +134,7 @@ class BucketIndex:
         """The index of only the users `[low, high)` of this one."""
         part = copy(self)
         part.user_ids = self.user_ids.slice(low, high - low)
-        for name in ("_at", "_rows", "_counts", "_ends"):
+        for name in ("_at", "_counts", "_ends"):
             setattr(part, name, getattr(self, name)[:, low:high])
         return part
 
@@ -157,32 +147,53 @@ class BucketIndex:
             first: [U], at least 0 and at most `end`.
             end: [U], at most `num_events`.
         """
+        stored = [self._aliases.get(name, name) for name in columns]
         begins = self._ends - self._counts
         low = np.clip(first[None, :] - begins, 0, self._counts)
         high = np.clip(end[None, :] - begins, 0, self._counts)
-        sizes = high - low
         tables: list[pa.Table] = []
-        offsets = np.zeros_like(sizes)
+        offsets: list[I64] = []
+        sizes: list[I64] = []
         base = 0
         for i, reader in enumerate(self._readers):
-            some = np.flatnonzero(sizes[i])
+            some = np.flatnonzero(high[i] > low[i])
             if not len(some):
                 continue
-            starts = self._rows[i, some] + low[i, some]
-            table, moved = reader.read_rows(columns, starts, sizes[i, some])
-            offsets[i, some] = moved + base
+            rows, counts = self._stripes(reader, self._at[i, some], low[i, some], high[i, some])
+            table, moved = reader.read_rows(
+                list(dict.fromkeys(stored)), rows.ravel(), counts.ravel()
+            )
+            # Per band, from the far to the near one: the order of positions.
+            for band in range(len(rows)):
+                place = np.zeros((2, len(self.user_ids)), np.int64)
+                place[0, some] = moved.reshape(rows.shape)[band] + base
+                place[1, some] = counts[band]
+                offsets.append(place[0])
+                sizes.append(place[1])
             base += table.num_rows
             tables.append(table)
         lengths = end - first
         bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        # User by user, and within a user file by file: that is the order of positions.
-        order_offsets, order_sizes = offsets.T.ravel(), sizes.T.ravel()
         values: dict[str, pa.Array] = {}
-        for name in columns:
-            chunks = [chunk for table in tables for chunk in table.column(name).chunks]
-            if not chunks:
+        if not tables:
+            for name in columns:
                 values[name] = pa.array([], self._schema.field(name).type)
-                continue
+            return Histories(self.user_ids, bounds, values, end.astype(np.int64))
+        # User by user, and within a user stripe by stripe: that is the order of positions.
+        order_offsets, order_sizes = np.stack(offsets, 1).ravel(), np.stack(sizes, 1).ravel()
+        for name in dict.fromkeys(stored):
+            chunks = [chunk for table in tables for chunk in table.column(name).chunks]
             whole = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
             values[name] = gather(whole, order_offsets, order_sizes)
+        values = {name: values[at] for name, at in zip(columns, stored, strict=True)}
         return Histories(self.user_ids, bounds, values, end.astype(np.int64))
+
+    @staticmethod
+    def _stripes(reader: SegmentReader, at: I64, low: I64, high: I64) -> tuple[I64, I64]:
+        """The rows `[low, high)` of some users of a file, as row ranges of the file: [B, U] where
+        they begin and [B, U] how many, the far band first."""
+        layout = reader.users.layout
+        lows = np.maximum(low, layout.lows[:, at])
+        counts = np.maximum(np.minimum(high, layout.highs[:, at]) - lows, 0)
+        rows = layout.starts[:, at] + np.where(counts > 0, lows - layout.lows[:, at], 0)
+        return rows[::-1], counts[::-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +15,14 @@ import pyarrow.compute as pc
 
 from vlm_dagster.errors import PinError, SchemaError
 from vlm_dagster.hashing import bucket_of
-from vlm_dagster.history.arena import BucketIndex, Histories, gather
+from vlm_dagster.history.arena import BucketIndex, Histories
 from vlm_dagster.schema import FeatureGroup, Projection
 from vlm_dagster.sealed import SealedTable, SealedWindow, TableState, VerifyReport
+from vlm_dagster.sealed.gathering import gather
 from vlm_dagster.sealed.incoming import widens
+from vlm_dagster.sealed.reader import SegmentReader
+from vlm_dagster.sealed.segments import Segment
+from vlm_dagster.sealed.stats import ReadStats
 from vlm_dagster.sealed.verify import verify
 from vlm_dagster.storage import redact
 from vlm_dagster.windows import format_us
@@ -150,7 +155,6 @@ class Snapshot:
         self._state = state
         self.group = group
         self._covered = state.covered
-        self._segments = [sealed.window.segment for sealed in self._covered]
         self._digest: str | None = None
 
     @property
@@ -213,6 +217,25 @@ class Snapshot:
         mark = self.watermark_us
         return mark is not None and time_us <= mark
 
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The segments that hold the covered windows, oldest first; empty windows have none."""
+        if not self._covered:
+            return []
+        last = self._covered[-1].window.index
+        first = self._covered[0].window.index
+        found = self._table.segments(self.version)
+        return [one for one in found if first <= one.first and one.last <= last]
+
+    @property
+    def _names(self) -> list[str]:
+        return [segment.name for segment in self.segments]
+
+    @property
+    def stats(self) -> ReadStats:
+        """What has been read of this table through this store so far."""
+        return self._table.stats
+
     @property
     def windows_past_watermark(self) -> list[SealedWindow]:
         """Windows that are sealed at this version but not shown, because one before is missing."""
@@ -226,7 +249,8 @@ class Snapshot:
         files = self._table.files(self.version)
         if past_watermark:
             return files
-        return files.filter(pc.is_in(files["segment"], pa.array(self._segments, pa.string())))
+        shown = pa.array([segment.name for segment in self.segments], pa.string())
+        return files.filter(pc.is_in(files["segment"], shown))
 
     def verify(
         self,
@@ -242,20 +266,27 @@ class Snapshot:
 
     def index_of(self, user_ids: pa.Array) -> BucketIndex:
         """Where events of these users (sorted, distinct) lie, whichever buckets they are in."""
-        readers = [self._table.reader(path, self.version) for _, path in self._files_of(user_ids)]
-        return BucketIndex(readers, user_ids, self.group.event_schema)
+        readers = [reader for _, reader in self._readers_of(user_ids)]
+        return BucketIndex(readers, user_ids, self.group.event_schema, self.group.aliases)
 
-    def windows_of(self, user_ids: pa.Array) -> list[SealedWindow]:
-        """The window of each file that `index_of` of the same users looks into, in its order."""
-        return [sealed for sealed, _ in self._files_of(user_ids)]
+    def times_of(self, user_ids: pa.Array) -> list[tuple[int, int]]:
+        """The time `[start_us, end_us)` of each file that `index_of` of the same users looks into,
+        in its order."""
+        grid = self._table.spec.grid
+        return [
+            (grid.at(segment.first).start_us, grid.at(segment.last).end_us)
+            for segment, _ in self._readers_of(user_ids)
+        ]
 
-    def _files_of(self, user_ids: pa.Array) -> list[tuple[SealedWindow, str]]:
-        """The files of these users' buckets, each with its window, oldest window first."""
-        by_segment: dict[str, list[str]] = {}
-        for bucket in np.unique(bucket_of(user_ids, self.num_buckets)).tolist():
-            for segment, path in self._table.files_of_bucket(self.version, bucket):
-                by_segment.setdefault(segment, []).append(path)
-        return [(s, path) for s in self._covered for path in by_segment.get(s.window.segment, [])]
+    def _readers_of(self, user_ids: pa.Array) -> list[tuple[Segment, SegmentReader]]:
+        """The files of these users' buckets, each with its segment, oldest segment first."""
+        shown = {segment.name: segment for segment in self.segments}
+        found = [
+            (shown[name], reader)
+            for bucket in np.unique(bucket_of(user_ids, self.num_buckets)).tolist()
+            for name, reader in self._table.readers(self.version, bucket, shown)
+        ]
+        return sorted(found, key=lambda pair: pair[0])
 
     def count(self, user_ids: Sequence[Any] | pa.Array) -> I64:
         """[U] the number of events of each user, which is their end position; 0 if unknown."""
@@ -311,28 +342,17 @@ class Snapshot:
         return index
 
     def column_chunks(self, column: str) -> Iterator[pa.Array]:
-        """All values of one column, a file at a time, windows in order."""
+        """All values of one column, a file at a time, windows in order, rows as they lie there."""
         if column not in self.group.event_schema.names:
             self.group.trait(column)
-        self._table.check_files(self.version)
-        by_segment: dict[str, list[str]] = {}
-        files = self.files()
-        for segment, path in zip(
-            files["segment"].to_pylist(), files["path"].to_pylist(), strict=True
-        ):
-            by_segment.setdefault(segment, []).append(path)
-        for segment in self._segments:
-            for path in by_segment.get(segment, []):
-                table = self._table.reader(path, self.version).read_groups([column])
-                yield from table.column(column).chunks
+        stored = self.group.aliases.get(column, column)
+        for _, reader in self._table.all_readers(self.version, self._names):
+            yield from reader.read_groups([stored]).column(stored).chunks
 
     def user_ids(self) -> pa.Array:
         """Every user with an event here, sorted."""
-        self._table.check_files(self.version)
-        found = [
-            self._table.reader(path, self.version).users.user_ids
-            for path in self.files()["path"].to_pylist()
-        ]
+        readers = self._table.all_readers(self.version, self._names)
+        found = [reader.users.user_ids for _, reader in readers]
         if not found:
             return pa.array([], self.group.user_id)
         return pa.concat_arrays(found).unique().sort()

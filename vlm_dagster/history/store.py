@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from vlm_dagster.engines import Engine
@@ -19,6 +19,7 @@ from vlm_dagster.sealed import (
 from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
 from vlm_dagster.sealed.owner import WindowedTable, check_num_buckets
+from vlm_dagster.sealed.stripes import DEFAULT_EDGES, Stripes
 from vlm_dagster.windows import Cadence, Window, WindowGrid
 
 __all__ = ["HistoryStore"]
@@ -45,6 +46,7 @@ class HistoryStore(WindowedTable):
         *,
         windows: Cadence = "daily",
         start: str | None = None,
+        bands: Sequence[int] = DEFAULT_EDGES,
         storage_options: Mapping[str, str] | None = None,
         engine: Engine | None = None,
     ) -> HistoryStore:
@@ -57,13 +59,16 @@ class HistoryStore(WindowedTable):
             windows: the length of a window.
             start: the key of the first window. None: the first window sealed is the first, and
                 none before it can be added.
+            bands: edges of the recency bands, in newest events of a user within a file: choose
+                some just above the lengths that models read. A file records those that its
+                longest history reaches past. Empty: one band, users in order of id.
             storage_options: as deltalake takes them; never stored, never shown.
 
         Raises:
             TableError: something else lies there, or the table was declared otherwise.
         """
         check_num_buckets(num_buckets)
-        spec = _spec(group, num_buckets, WindowGrid(windows), start)
+        spec = _spec(group, num_buckets, WindowGrid(windows), start, bands)
         return cls(SealedTable.create(os.fspath(uri), spec, storage_options), group, engine)
 
     @classmethod
@@ -109,7 +114,7 @@ class HistoryStore(WindowedTable):
         """The first half of `seal`: check, sort and write files that nobody sees yet."""
         state = self._table.state()
         checked = self._table.check_window(window, state)
-        schema = self.group.event_schema
+        schema = self.group.stored_schema
         rows = validated_events(self.group, self.grid, checked, self.num_buckets, events, progress)
         duplicates = DuplicateFilter("event_id", self.group.duplicates)
         return self._table.stage(
@@ -147,16 +152,24 @@ class HistoryStore(WindowedTable):
         return self._table.versions.all_covering(parsed)
 
 
-def _spec(group: FeatureGroup, num_buckets: int, grid: WindowGrid, start: str | None) -> TableSpec:
+def _spec(
+    group: FeatureGroup,
+    num_buckets: int,
+    grid: WindowGrid,
+    start: str | None,
+    bands: Sequence[int],
+) -> TableSpec:
     return TableSpec(
         kind="history",
         name=group.name,
-        columns=group.event_schema,
-        sort_columns=("user_id", "available_at", "event_id"),
+        columns=group.stored_schema,
+        sort_columns=("user_id", group.clock, "event_id"),
         num_buckets=num_buckets,
         grid=grid,
         start=None if start is None else grid.parse(start),
         details={"group": group.to_json()},
+        stripes=Stripes.of(bands),
+        encodings={t.name: t.encoding for t in group.traits if t.encoding is not None},
     )
 
 
@@ -166,4 +179,5 @@ def _revive(declared: dict[str, Any]) -> TableSpec:
         declared["num_buckets"],
         WindowGrid(declared["windows"]),
         declared["start"],
+        declared["bands"],
     )

@@ -52,7 +52,7 @@ def validated_events(
     incoming = incoming_events(group)
     recorded = group.availability == "recorded"
     clock = "available_at" if recorded else "event_time"
-    names = group.event_schema.names
+    names = group.stored_schema.names
     num_rows = 0
     for where, offset, batch in _explained(incoming, group, events):
         for name in {"event_time", clock}:
@@ -67,8 +67,6 @@ def validated_events(
                 "Check its unit and origin, or drop the row.",
             )
         _refuse_outside(incoming, where, offset, batch.column(clock), clock, grid, window)
-        if not recorded:
-            batch = batch.append_column("available_at", batch.column("event_time"))
         rows = np.arange(num_rows, num_rows + batch.num_rows, dtype=np.int64)
         buckets = bucket_of(batch.column("user_id"), num_buckets)
         num_rows += batch.num_rows

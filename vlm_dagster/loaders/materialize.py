@@ -14,11 +14,12 @@ import pyarrow as pa
 
 from vlm_dagster.errors import ChecksumError
 from vlm_dagster.history import Snapshot
-from vlm_dagster.history.arena import BucketIndex, gather
+from vlm_dagster.history.arena import BucketIndex
 from vlm_dagster.pointers import PointerSnapshot
 from vlm_dagster.pointers.spans import outer_ranges, spans
 from vlm_dagster.pointers.spec import pointer_fields
 from vlm_dagster.schema import Projection
+from vlm_dagster.sealed.gathering import gather
 
 __all__ = ["Arena", "UnitData", "materialize"]
 

@@ -90,9 +90,9 @@ class PointerBuilder:
 
     def _recent(self, group: str, index: BucketIndex) -> Histories:
         """Times, and for the target group ids, of the events in the request's own window."""
-        windows = [s.window for s in self._snapshots[group].windows_of(index.user_ids)]
-        before = sum(w.end_us <= self._window.start_us for w in windows)
-        through = sum(w.start_us < self._window.end_us for w in windows)
+        times = self._snapshots[group].times_of(index.user_ids)
+        before = sum(end_us <= self._window.start_us for _, end_us in times)
+        through = sum(start_us < self._window.end_us for start_us, _ in times)
         columns = ["available_at"]
         if self._spec.request == "event_id" and group == self._spec.target_group:
             columns.append("event_id")

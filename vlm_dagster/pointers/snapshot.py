@@ -156,8 +156,8 @@ class PointerSnapshot:
 
     def users_of_bucket(self, bucket: int) -> pa.Array:
         """The users with an example in a bucket, sorted and distinct."""
-        paths = self._table.paths(self.version, bucket, self._segments)
-        found = [self._table.reader(path, self.version).users.user_ids for path in paths]
+        readers = self._table.readers(self.version, bucket, self._segments)
+        found = [reader.users.user_ids for _, reader in readers]
         if not found:
             return pa.array([], self.spec.user_id)
         return pa.concat_arrays(found).unique().sort()
@@ -165,25 +165,17 @@ class PointerSnapshot:
     def bucket_index(self, bucket: int, user_ids: pa.Array) -> BucketIndex:
         """Where the examples of these users (sorted, distinct, all of this bucket) lie; each
         user's examples stand in order of request time."""
-        paths = self._table.paths(self.version, bucket, self._segments)
-        readers = [self._table.reader(path, self.version) for path in paths]
+        found = self._table.readers(self.version, bucket, self._segments)
+        readers = [reader for _, reader in found]
         return BucketIndex(readers, user_ids, self.spec.schema)
 
     def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All examples, window by window; sorted by (bucket, user, time) within each."""
         names = list(columns or self.spec.schema.names)
         schema = pa.schema([self.spec.schema.field(name) for name in names])
-        self._table.check_files(self.version)
-        files = self.files()
-        by_segment: dict[str, list[str]] = {}
-        for segment, path in zip(
-            files["segment"].to_pylist(), files["path"].to_pylist(), strict=True
-        ):
-            by_segment.setdefault(segment, []).append(path)
         tables = [
-            self._table.reader(path, self.version).read_groups(names).cast(schema)
-            for segment in self._segments
-            for path in by_segment.get(segment, [])
+            reader.read_groups(names).cast(schema)
+            for _, reader in self._table.all_readers(self.version, self._segments)
         ]
         return pa.concat_tables(tables) if tables else schema.empty_table()
 

@@ -132,4 +132,10 @@ def _read_declaration(uri: str, options: Mapping[str, str] | None) -> tuple[dict
             f"the table has format {number}, newer than this code's {TABLE_FORMAT}",
             "Upgrade vlm-dagster.",
         )
+    if number < TABLE_FORMAT:
+        raise TableError(
+            uri,
+            f"the table has format {number}, older than this code's {TABLE_FORMAT}",
+            "Seal its events into a new table.",
+        )
     return declared, str(metadata.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm_dagster.errors import CorruptFileError, TableError
+from vlm_dagster.errors import CorruptFileError, SchemaError, TableError
 from vlm_dagster.hashing import Digest
+from vlm_dagster.sealed.stats import ReadStats
+from vlm_dagster.sealed.stripes import Stripes
 from vlm_dagster.sealed.users import decode_users
 from vlm_dagster.sealed.writer import FILE_FORMAT, HEADER_KEY, USERS_KEY
 from vlm_dagster.storage import Storage
 
-__all__ = ["SegmentReader"]
+__all__ = ["NoIndexError", "SegmentReader"]
 
 I64 = npt.NDArray[np.int64]
+
+
+class NoIndexError(CorruptFileError):
+    """The file was not written by this package: `foreign.py` reads such files."""
 
 
 class SegmentReader:
@@ -29,10 +36,17 @@ class SegmentReader:
     Raises CorruptFileError, which names the file, when it is missing, cut short or not ours.
     """
 
-    def __init__(self, storage: Storage, path: str, version: int | None = None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        path: str,
+        version: int | None = None,
+        stats: ReadStats | None = None,
+    ) -> None:
         self._storage = storage
         self.path = path
         self._version = version
+        self._stats = stats or ReadStats()
         try:
             with storage.open_input(path) as source:
                 self._metadata = pq.read_metadata(source)
@@ -42,9 +56,13 @@ class SegmentReader:
             raise self._corrupt(f"cannot be read as Parquet ({error})") from error
         pairs = self._metadata.metadata or {}
         if HEADER_KEY not in pairs or USERS_KEY not in pairs:
-            raise self._corrupt(
-                "has no index of its users, so another writer must have rewritten the table"
+            raise NoIndexError(
+                table=storage.uri,
+                path=path,
+                version=version,
+                problem="has no index of its users, so another writer must have written it",
             )
+        self._stats.count_footer(int(self._metadata.serialized_size))
         self.header: dict[str, Any] = self._read_header(pairs[HEADER_KEY])
         if self.header["format"] > FILE_FORMAT:
             raise TableError(
@@ -55,7 +73,7 @@ class SegmentReader:
         # Parquet checksums pages, but not its footer.
         if zlib.crc32(pairs[USERS_KEY]) != self.header["index_crc32"]:
             raise self._corrupt("has a damaged index of its users")
-        self.users = decode_users(pairs[USERS_KEY])
+        self.users = decode_users(pairs[USERS_KEY], Stripes.of(self._edges()))
         sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         self._group_ends = np.cumsum(np.asarray(sizes, np.int64))
         if int(self.users.counts.sum()) != sum(sizes):
@@ -64,11 +82,20 @@ class SegmentReader:
     def _read_header(self, raw: bytes) -> dict[str, Any]:
         try:
             header: dict[str, Any] = json.loads(raw)
-            Digest.parse(header["digest"])
+            if header["format"] >= 2:
+                header["digests"] = {k: Digest.parse(v) for k, v in header["digests"].items()}
             int(header["format"]), int(header["index_crc32"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._corrupt(f"has a damaged header ({error!r})") from None
         return header
+
+    def _edges(self) -> list[int]:
+        """Striped files without an edge still have their users in order of activity."""
+        try:
+            edges = list(self.header["bands"])
+            return edges or ([2**62] if self.header["striped"] else [])
+        except (KeyError, TypeError, SchemaError) as error:
+            raise self._corrupt(f"has a damaged header ({error!r})") from None
 
     def check_owner(self, table_id: str, columns: pa.Schema) -> None:
         """CorruptFileError unless the file was written for this table, and for its own place."""
@@ -79,12 +106,11 @@ class SegmentReader:
         if not found.equals(columns):
             raise self._corrupt("has other columns than the table")
         header = self.header
-        segment = str(header.get("window")).replace(":", "")
-        place = f"segment={segment}/bucket={header.get('bucket')}/"
+        place = f"segment={header.get('segment')}/bucket={header.get('bucket')}/"
         if header.get("table_id") != table_id or not self.path.startswith(place):
             raise self._corrupt(
-                f"is the file of bucket {header.get('bucket')} of window {header.get('window')} of "
-                f"table {header.get('table_id')}"
+                f"is the file of bucket {header.get('bucket')} of segment {header.get('segment')} "
+                f"of table {header.get('table_id')}"
             )
 
     def _corrupt(self, problem: str) -> CorruptFileError:
@@ -93,8 +119,24 @@ class SegmentReader:
         )
 
     @property
-    def digest(self) -> Digest:
-        return Digest.parse(self.header["digest"])
+    def digests(self) -> dict[str, Digest]:
+        """Of its rows in each window of its segment, by the window's key as a partition value."""
+        found: dict[str, Digest] = self.header["digests"]
+        return found
+
+    @property
+    def num_row_groups(self) -> int:
+        return len(self._group_ends)
+
+    @cached_property
+    def column_bytes(self) -> dict[str, I64]:
+        """Per column, [G] the bytes of its pages in every row group."""
+        names = [self._metadata.schema.column(i).name for i in range(self._metadata.num_columns)]
+        groups = [self._metadata.row_group(g) for g in range(self._metadata.num_row_groups)]
+        return {
+            name: np.array([g.column(i).total_compressed_size for g in groups], np.int64)
+            for i, name in enumerate(names)
+        }
 
     @property
     def num_bytes(self) -> int:
@@ -106,7 +148,7 @@ class SegmentReader:
 
         Args:
             columns: the columns to read; no other one is decoded.
-            starts: [R] first row of each range, in ascending order.
+            starts: [R] first row of each range, in any order.
             counts: [R] rows of each range.
 
         Returns:
@@ -139,6 +181,7 @@ class SegmentReader:
                 )
                 if groups is None:
                     groups = list(range(self._metadata.num_row_groups))
+                self._count(groups, columns)
                 return file.read_row_groups(
                     groups, columns=list(columns), use_threads=False
                 ).select(list(columns))
@@ -146,3 +189,11 @@ class SegmentReader:
             raise self._corrupt("is missing") from None
         except (pa.ArrowInvalid, OSError, ValueError) as error:
             raise self._corrupt(f"cannot be read ({error})") from error
+
+    def _count(self, groups: list[int], columns: Sequence[str]) -> None:
+        if self._stats.counts_bytes:
+            num_bytes = sum(int(self.column_bytes[name][groups].sum()) for name in columns)
+        else:
+            num_bytes = 0
+        sizes = np.diff(self._group_ends, prepend=0)
+        self._stats.count_rows(int(sizes[groups].sum()), num_bytes)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from vlm_dagster.sealed.stripes import Stripes
 from vlm_dagster.sealed.users import Extreme
 from vlm_dagster.windows import Window, WindowGrid
 
 __all__ = ["TABLE_FORMAT", "TableSpec"]
 
-TABLE_FORMAT = 1
+TABLE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class TableSpec:
         start: the first window, or None: then the first window sealed is the first.
         details: what the owner of the table needs to open it again, JSON-able.
         extremes: what the files' indices keep about every user; follows from `details`.
+        stripes: the recency bands of its files; a file records its own.
+        encodings: of columns that are not encoded as their type would be; follows from `details`.
     """
 
     kind: str
@@ -40,6 +43,8 @@ class TableSpec:
     start: Window | None
     details: dict[str, Any] = field(hash=False)
     extremes: tuple[Extreme, ...] = ()
+    stripes: Stripes = field(default_factory=Stripes)
+    encodings: dict[str, str] = field(default_factory=dict, hash=False)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -48,6 +53,7 @@ class TableSpec:
             "num_buckets": self.num_buckets,
             "windows": self.grid.cadence,
             "start": self.start.key if self.start else None,
+            "bands": list(self.stripes.edges),
             **self.details,
         }
 

@@ -102,7 +102,7 @@ def write_window(
                         "kind": spec.kind,
                         "table_id": table_id,
                         "name": spec.name,
-                        "window": window.key,
+                        "segment": window.segment,
                         "bucket": current,
                     }
                     writer = SegmentWriter(
@@ -111,6 +111,8 @@ def write_window(
                         header,
                         spec.sort_columns,
                         spec.extremes,
+                        stripes=spec.stripes,
+                        encodings=spec.encodings,
                     )
                 assert writer is not None
                 writer.write(batch.slice(start, end - start))

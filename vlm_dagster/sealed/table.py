@@ -6,20 +6,23 @@ Sealing has two halves: `stage` (here, with staging.py) and `commit_window` (com
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 from deltalake import DeltaTable
 
 from vlm_dagster.engines import Engine
 from vlm_dagster.errors import StorageError, TableError, WindowError
-from vlm_dagster.sealed.log import LogReader, TableState
+from vlm_dagster.sealed.foreign import ForeignReader
+from vlm_dagster.sealed.log import LogReader, SealedWindow, TableState
 from vlm_dagster.sealed.opening import create_delta, open_delta, plain, read_declaration
-from vlm_dagster.sealed.reader import SegmentReader
+from vlm_dagster.sealed.reader import NoIndexError, SegmentReader
+from vlm_dagster.sealed.segments import Segment, find_segments
 from vlm_dagster.sealed.spec import TableSpec
 from vlm_dagster.sealed.staging import StagedWindow, whole_users, write_window
+from vlm_dagster.sealed.stats import ReadStats
 from vlm_dagster.sealed.versions import Versions
 from vlm_dagster.storage import normalize_uri, open_storage
 from vlm_dagster.windows import Window
@@ -46,6 +49,7 @@ class SealedTable:
         self.storage_options = plain(storage_options)
         self.log = LogReader(self.storage)
         self.versions = Versions(uri, spec, self.log, self.state)
+        self.stats = ReadStats()
         self._readers: dict[str, SegmentReader] = {}
         self._readers_bytes = 0
         self._files = lru_cache(maxsize=4)(self._load_files)
@@ -199,51 +203,91 @@ class SealedTable:
             }
         ).sort_by([("bucket", "ascending"), ("segment", "ascending"), ("path", "ascending")])
 
-    def check_files(self, version: int) -> None:
-        """TableError unless the files of each window hold as many rows as it was sealed with: other
-        writers can add files, or rewrite them twice, and the log would not mind."""
-        self._checked(version)
+    def segments(self, version: int) -> list[Segment]:
+        """What the files at a version belong to, oldest first.
 
-    def _check_files(self, version: int) -> None:
+        Raises:
+            TableError: they hold other windows, or other numbers of rows, than were sealed: other
+                writers can add files, or rewrite them twice, and the log would not mind.
+        """
+        return self._checked(version)
+
+    def _check_files(self, version: int) -> list[Segment]:
         counted = self.files(version).group_by("segment").aggregate([("num_rows", "sum")])
         rows = dict(zip(*(counted[c].to_pylist() for c in counted.column_names), strict=True))
-        for sealed in self.state(version).sealed.values():
-            found = rows.get(sealed.window.segment, 0)
-            if found != sealed.num_rows:
-                raise TableError(
-                    self.uri,
-                    f"window {sealed.window.key} was sealed with {sealed.num_rows} rows, but at "
-                    f"version {version} its files hold {found}: another writer changed the table",
-                    "Pin a version before that.",
-                )
+        state = self.state(version)
+        segments = find_segments(self.uri, rows, state)
+        seen: set[int] = set()
+        for segment in segments:
+            windows = segment.windows(state)
+            self._check_rows(version, segment.name, windows, rows[segment.name])
+            seen.update(sealed.window.index for sealed in windows)
+        for index, sealed in state.sealed.items():
+            if index not in seen:
+                self._check_rows(version, sealed.window.key, [sealed], 0)
+        return segments
 
-    def files_of_bucket(self, version: int, bucket: int) -> list[tuple[str, str]]:
-        """The live files of one bucket: (segment, path) each."""
-        return self._buckets(version).get(bucket, [])
+    def _check_rows(
+        self, version: int, name: str, windows: Sequence[SealedWindow], found: int
+    ) -> None:
+        expected = sum(sealed.num_rows for sealed in windows)
+        if found != expected:
+            raise TableError(
+                self.uri,
+                f"{'window' if len(windows) == 1 else 'segment'} {name} was sealed with {expected} "
+                f"rows, but at version {version} its files hold {found}: another writer changed "
+                "the table",
+                "Pin a version before that.",
+            )
 
-    def _load_buckets(self, version: int) -> dict[int, list[tuple[str, str]]]:
-        self.check_files(version)
-        found: dict[int, list[tuple[str, str]]] = {}
+    def _load_buckets(self, version: int) -> dict[int, dict[str, list[str]]]:
+        self.segments(version)
+        found: dict[int, dict[str, list[str]]] = {}
         files = self.files(version).select(["bucket", "segment", "path"])
         for bucket, segment, path in zip(*(c.to_pylist() for c in files.columns), strict=True):
-            found.setdefault(bucket, []).append((segment, path))
+            found.setdefault(bucket, {}).setdefault(segment, []).append(path)
         return found
 
-    def paths(self, version: int, bucket: int, segments: Sequence[str]) -> list[str]:
-        """The files of a bucket in these segments, in the order of `segments`."""
-        by_segment: dict[str, list[str]] = {}
-        for segment, path in self.files_of_bucket(version, bucket):
-            by_segment.setdefault(segment, []).append(path)
-        return [path for segment in segments for path in by_segment.get(segment, [])]
+    def readers(
+        self, version: int, bucket: int, segments: Iterable[str]
+    ) -> list[tuple[str, SegmentReader]]:
+        """(segment, reader) of those of these segments that have rows in a bucket, in the order of
+        `segments`."""
+        paths = self._buckets(version).get(bucket, {})
+        return [(name, self.reader(paths[name], version)) for name in segments if name in paths]
 
-    def reader(self, path: str, version: int | None = None) -> SegmentReader:
-        """The reader of one file; readers of recent files are kept, they never go stale."""
-        found = self._readers.get(path)
+    def all_readers(
+        self, version: int, segments: Iterable[str]
+    ) -> Iterator[tuple[str, SegmentReader]]:
+        """(segment, reader) of all buckets, segment by segment and bucket by bucket."""
+        buckets = self._buckets(version)
+        for name in segments:
+            for bucket in sorted(buckets):
+                if name in buckets[bucket]:
+                    yield name, self.reader(buckets[bucket][name], version)
+
+    def reader(self, paths: Sequence[str], version: int | None = None) -> SegmentReader:
+        """The reader of the files of one segment and bucket: one file, unless another writer
+        rewrote them. Readers of recent files are kept, they never go stale."""
+        key = paths[0] if len(paths) == 1 else "\n".join(sorted(paths))
+        found = self._readers.get(key)
         if found is None:
-            found = SegmentReader(self.storage, path, version)
-            found.check_owner(self.table_id, self.spec.columns)
+            found = self._open_reader(paths, version)
             if self._readers_bytes > _READER_CACHE_BYTES:
                 self._readers, self._readers_bytes = {}, 0
-            self._readers[path] = found
+            self._readers[key] = found
             self._readers_bytes += found.num_bytes
         return found
+
+    def _open_reader(self, paths: Sequence[str], version: int | None) -> SegmentReader:
+        if len(paths) == 1:
+            try:
+                found = SegmentReader(self.storage, paths[0], version, self.stats)
+                found.check_owner(self.table_id, self.spec.columns)
+                return found
+            except NoIndexError:
+                pass
+        # It reads the same way, as far as anybody here can tell.
+        return cast(
+            SegmentReader, ForeignReader(self.storage, paths, self.spec, version, self.stats)
+        )

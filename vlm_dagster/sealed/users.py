@@ -1,14 +1,17 @@
-"""The index in a file's footer: its users, how many rows each has, and where these begin."""
+"""The index in a file's footer: its users and how many rows each has; where these lie follows."""
 
 from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from vlm_dagster.sealed.stripes import Layout, Stripes
 
 __all__ = ["Extreme", "UserIndex", "decode_users", "encode_users"]
 
@@ -21,19 +24,27 @@ class UserIndex:
 
     Attributes:
         user_ids: [U] ascending.
-        counts, starts: [U] user i has rows `[starts[i], starts[i] + counts[i])`, oldest first.
+        counts: [U] rows of each user.
+        stripes: how the rows are laid out.
         extremes: what the table's owner keeps about each user beside, [U] each: the least or
             greatest value of a quantity over the user's rows.
     """
 
     user_ids: pa.Array
     counts: I64
-    starts: I64
+    stripes: Stripes
     extremes: dict[str, I64]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which rows of the file are whose."""
+        return self.stripes.layout(self.counts)
 
     @property
     def num_bytes(self) -> int:
-        return int(self.user_ids.nbytes) + (2 + len(self.extremes)) * self.counts.nbytes
+        """What this object holds in memory once the layout is known, roughly."""
+        arrays = 1 + len(self.extremes) + 3 * self.stripes.num_bands
+        return int(self.user_ids.nbytes) + arrays * self.counts.nbytes
 
 
 @dataclass(frozen=True)
@@ -65,11 +76,11 @@ def encode_users(users: pa.RecordBatch) -> bytes:
     return base64.b64encode(sink.getvalue())
 
 
-def decode_users(raw: bytes) -> UserIndex:
+def decode_users(raw: bytes, stripes: Stripes) -> UserIndex:
     """The index that `encode_users` wrote."""
     (batch,) = pa.ipc.open_stream(base64.b64decode(raw))
     columns = {
         name: batch.column(name).to_numpy().astype(np.int64) for name in batch.schema.names[1:]
     }
     counts = columns.pop("num_rows")
-    return UserIndex(batch.column("user_id"), counts, np.cumsum(counts) - counts, columns)
+    return UserIndex(batch.column("user_id"), counts, stripes, columns)

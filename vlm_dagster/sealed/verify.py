@@ -4,12 +4,17 @@ digests."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from vlm_dagster.errors import CorruptFileError
-from vlm_dagster.hashing import Digest, digest_rows
+from vlm_dagster.errors import CorruptFileError, TableError
+from vlm_dagster.hashing import Digest
+from vlm_dagster.sealed.reader import SegmentReader
+from vlm_dagster.sealed.segments import find_segments
 from vlm_dagster.sealed.table import SealedTable
+from vlm_dagster.sealed.windowed import window_digests
+from vlm_dagster.windows import Window
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -46,73 +51,100 @@ def verify(
     """Check the files of a version.
 
     Every file must exist with the size that the log says, hash to its name, and carry a footer
-    whose digests add up to the window's sealed digest. `deep` also decodes every row and
-    recomputes the digest from it.
+    whose digests add up to each window's sealed digest. `deep` also decodes every row and
+    recomputes the digests from it, which for a file of another writer is done in any case.
 
     Args:
         windows: keys to look at; all if None.
         progress: called with the bytes of each file when it is done.
     """
     state = table.state(version)
-    chosen = [
-        sealed
-        for sealed in sorted(state.sealed.values(), key=lambda s: s.window.index)
+    chosen = {
+        sealed.window.segment: sealed
+        for _, sealed in sorted(state.sealed.items())
         if windows is None or sealed.window.key in windows
-    ]
-    segments = {sealed.window.segment: Digest() for sealed in chosen}
+    }
+    found = dict.fromkeys(chosen, Digest())
     problems: list[str] = []
     num_files = num_bytes = num_rows = 0
-    for row in table.files(version).to_pylist():
-        if row["segment"] not in segments:
-            if windows is None:
-                problems.append(f"file {row['path']}: belongs to no sealed window")
-            continue
-        num_files += 1
-        num_bytes += row["size_bytes"]
-        try:
-            digest, rows = _check_file(table, version, row["path"], row["size_bytes"], deep)
-            segments[row["segment"]] += digest
-            num_rows += rows
-        except CorruptFileError as error:
-            problems.append(str(error))
-        if progress is not None:
-            progress(row["size_bytes"])
+    files = table.files(version)
+    try:
+        segments = find_segments(table.uri, files["segment"].unique().to_pylist(), state)
+    except TableError as error:
+        return VerifyReport(table.uri, version, len(chosen), 0, 0, 0, (str(error),))
+    looked_at = [s for s in segments if any(w.window.segment in chosen for w in s.windows(state))]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in files.to_pylist():
+        groups.setdefault((row["segment"], row["bucket"]), []).append(row)
+    for segment in looked_at:
+        keys = [sealed.window for sealed in segment.windows(state)]
+        for (name, _), rows in groups.items():
+            if name != segment.name:
+                continue
+            try:
+                digests, decoded = _check_files(table, version, rows, keys, deep)
+                for key in found:
+                    found[key] += digests.get(key, Digest())
+                num_rows += decoded
+            except CorruptFileError as error:
+                problems.append(str(error))
+            num_files += len(rows)
+            size = sum(row["size_bytes"] for row in rows)
+            num_bytes += size
+            if progress is not None:
+                progress(size)
     if not problems:
         problems.extend(
             f"window {sealed.window.key} of {table.uri}: sealed with digest {sealed.digest}, but "
-            f"its files add up to {segments[sealed.window.segment]}"
-            for sealed in chosen
-            if str(segments[sealed.window.segment]) != sealed.digest
+            f"its files add up to {found[key]}"
+            for key, sealed in chosen.items()
+            if str(found[key]) != sealed.digest
         )
     return VerifyReport(
         table.uri, version, len(chosen), num_files, num_bytes, num_rows, tuple(problems)
     )
 
 
-def _check_file(
-    table: SealedTable, version: int, path: str, size: int, deep: bool
-) -> tuple[Digest, int]:
-    def corrupt(problem: str) -> CorruptFileError:
+def _check_files(
+    table: SealedTable,
+    version: int,
+    files: Sequence[Mapping[str, Any]],
+    windows: Sequence[Window],
+    deep: bool,
+) -> tuple[dict[str, Digest], int]:
+    """The digests, by window, of the files of one segment and bucket; and how many rows were
+    decoded for that."""
+
+    def corrupt(path: str, problem: str) -> CorruptFileError:
         return CorruptFileError(table=table.uri, path=path, version=version, problem=problem)
 
-    found = table.storage.size(path)
-    if found is None:
-        raise corrupt("is missing")
-    if found != size:
-        raise corrupt(f"has {found} bytes, but {size} were sealed")
-    name = path.rpartition("/")[2].removesuffix(".parquet")
-    with table.storage.open_input(path) as source:
-        hasher = hashlib.sha256()
-        while chunk := source.read(1 << 22):
-            hasher.update(chunk)
-    if hasher.hexdigest() != name:
-        raise corrupt(f"its bytes hash to {hasher.hexdigest()}, not to its name")
-    reader = table.reader(path, version)
-    if not deep:
-        return reader.digest, 0
-    columns = table.spec.columns.names
-    rows = reader.read_groups(columns)
-    digest = digest_rows(rows)
-    if digest != reader.digest:
-        raise corrupt(f"its rows have digest {digest}, but its footer says {reader.digest}")
-    return digest, rows.num_rows
+    for file in files:
+        size = table.storage.size(file["path"])
+        if size is None:
+            raise corrupt(file["path"], "is missing")
+        if size != file["size_bytes"]:
+            raise corrupt(file["path"], f"has {size} bytes, but {file['size_bytes']} were sealed")
+    paths = [file["path"] for file in files]
+    reader = table.reader(paths, version)
+    ours = isinstance(reader, SegmentReader)
+    if ours:
+        (path,) = paths
+        name = path.rpartition("/")[2].removesuffix(".parquet")
+        with table.storage.open_input(path) as source:
+            hasher = hashlib.sha256()
+            while chunk := source.read(1 << 22):
+                hasher.update(chunk)
+        if hasher.hexdigest() != name:
+            raise corrupt(path, f"its bytes hash to {hasher.hexdigest()}, not to its name")
+        if not deep:
+            return reader.digests, 0
+    # Nothing but its rows can speak for a file of another writer.
+    rows = reader.read_groups(table.spec.columns.names)
+    digests = window_digests(table.spec.sort_columns[1], windows)(rows)
+    if ours and digests != reader.digests:
+        raise corrupt(
+            paths[0],
+            f"its rows have digest {Digest.sum(digests.values())}, but its footer says "
+            f"{Digest.sum(reader.digests.values())}",
+        )
+    return digests, rows.num_rows

@@ -1,9 +1,10 @@
-"""Writing a segment file: Parquet, sorted by user and time, with an index of its users in the footer.
+"""Writing a segment file: Parquet in stripes, with an index of its users in the footer.
 
-Row groups of 65,536 rows, one codec, encodings chosen by type. Two entries of the footer's key-value
-metadata are ours:
+Rows lie in bands (stripes.py), no row group spans two of them; one codec, encodings by kind of trait
+(encodings.py). Two entries of the footer's key-value metadata are ours:
 
-- `vlm.segment`: JSON; the format's version, the window, its bucket, the digest of this file's rows.
+- `vlm.segment`: JSON; the format's version, the segment, its bucket, the bands, the digest of this
+  file's rows in each window.
 - `vlm.users`: the distinct users in order, how many rows each has, and what else the table's owner
   keeps about each: base64 of a zstd-compressed Arrow IPC stream (base64, because other readers insist
   on UTF-8 there).
@@ -16,26 +17,37 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vlm_dagster.encodings import writer_options
 from vlm_dagster.hashing import Digest, digest_rows, run_lengths
+from vlm_dagster.sealed.gathering import gather
+from vlm_dagster.sealed.spool import Spool
+from vlm_dagster.sealed.stripes import Stripes
 from vlm_dagster.sealed.users import Extreme, encode_users
 
 __all__ = ["FILE_FORMAT", "HEADER_KEY", "USERS_KEY", "SegmentWriter", "StagedFile", "sha256_of"]
 
-FILE_FORMAT = 1
+I64 = npt.NDArray[np.int64]
+
+FILE_FORMAT = 2
 HEADER_KEY = b"vlm.segment"
 USERS_KEY = b"vlm.users"
-ROW_GROUP_ROWS = 65_536
-CODEC = "lz4"
+HELD_BYTES = 128 << 20
+_ONE_BAND = Stripes()
+# Handed to Parquet at once: some whole row groups of every band.
+_ROWS_AT_ONCE = 131_072
 
 
 @dataclass(frozen=True)
@@ -56,14 +68,21 @@ def sha256_of(path: Path) -> str:
 
 
 class SegmentWriter:
-    """Writes one file from chunks of rows that arrive sorted.
+    """Writes one file from chunks of rows that arrive sorted by user, time and id.
+
+    Rows are held until all have come, since the newest of every user stand first; beyond
+    `memory_limit` they wait on disk beside the file.
 
     Args:
         local: where to write; the caller moves it into place.
         schema: the columns, without the partition columns.
-        header: what `vlm.segment` says beside the format, the digest and the counts.
+        header: what `vlm.segment` says beside what this class adds.
         sort_columns: the columns that the rows are sorted by.
         extremes: what to keep about every user beside the number of rows.
+        stripes: the bands; edges that no user reaches past are left out.
+        encodings: of columns that are not stored as their type would be.
+        digests: gives the digest of some rows in each window, by its key.
+        memory_limit: bytes of rows to hold; None means HELD_BYTES.
     """
 
     def __init__(
@@ -73,37 +92,43 @@ class SegmentWriter:
         header: dict[str, Any],
         sort_columns: Sequence[str],
         extremes: Sequence[Extreme] = (),
+        *,
+        stripes: Stripes = _ONE_BAND,
+        encodings: Mapping[str, str] = MappingProxyType({}),
+        digests: Callable[[pa.RecordBatch], dict[str, Digest]] | None = None,
+        memory_limit: int | None = None,
     ) -> None:
         self._schema = schema
         self._header = header
         self._time = sort_columns[1]
-        self._pending: list[pa.RecordBatch] = []
-        self._num_pending = 0
         self._extremes = extremes
+        self._stripes = stripes
+        self._digests_of = digests or (lambda rows: {header["segment"]: digest_rows(rows)})
         self._users: list[pa.RecordBatch] = []
         self._time_range: tuple[int, int] | None = None
         self.num_rows = 0
-        self.digest = Digest()
+        self.digests: dict[str, Digest] = {}
+        limit = HELD_BYTES if memory_limit is None else memory_limit
+        self._spool: Spool[tuple[int, int]] = Spool(local.parent, local.name, schema, limit)
+        sorting = [] if stripes.edges else [schema.get_field_index(name) for name in sort_columns]
         self._writer = pq.ParquetWriter(
             local,
             schema,
-            compression=CODEC,
             version="2.6",
             data_page_version="1.0",
             write_statistics=True,
             write_page_index=True,
             write_page_checksum=True,
-            sorting_columns=[
-                pq.SortingColumn(schema.get_field_index(name)) for name in sort_columns
-            ],
+            sorting_columns=[pq.SortingColumn(i) for i in sorting] or None,
             store_schema=False,
-            **_encodings(schema),
+            **writer_options(schema, encodings),
         )
 
     def write(self, rows: pa.RecordBatch) -> None:
         """Append rows; all rows of a user come in one call."""
         rows = rows.select(self._schema.names)
-        self.digest = self.digest + digest_rows(rows)
+        for key, digest in self._digests_of(rows).items():
+            self.digests[key] = self.digests.get(key, Digest()) + digest
         self.num_rows += rows.num_rows
         users, counts = run_lengths(rows.column("user_id"))
         columns = {"user_id": users, "num_rows": pa.array(counts, pa.uint32())}
@@ -113,20 +138,57 @@ class SegmentWriter:
         extremes = pc.min_max(rows.column(self._time).cast(pa.int64())).as_py()
         low, high = self._time_range or (extremes["min"], extremes["max"])
         self._time_range = (min(low, extremes["min"]), max(high, extremes["max"]))
-        self._pending.append(rows)
-        self._num_pending += rows.num_rows
-        if self._num_pending >= ROW_GROUP_ROWS:
-            self._flush(final=False)
+        self._keep(rows, counts)
 
-    def _flush(self, final: bool) -> None:
-        if not self._num_pending:
+    def _keep(self, rows: pa.RecordBatch, counts: I64) -> None:
+        """Cut the rows into stripes and put these where they wait."""
+        num_bytes = max(rows.nbytes // rows.num_rows, 1)
+        lows, highs = self._stripes.cut(counts)
+        keys = self._stripes.keys(counts)
+        if len(lows) == 1 or (not highs[1:].any() and (keys == keys[0]).all()):
+            self._spool.add((0, int(keys[0])), rows, num_bytes * rows.num_rows)
             return
-        table = pa.Table.from_batches(self._pending).cast(self._schema)
-        whole = table.num_rows if final else table.num_rows // ROW_GROUP_ROWS * ROW_GROUP_ROWS
-        self._writer.write_table(table.slice(0, whole), row_group_size=ROW_GROUP_ROWS)
-        rest = table.slice(whole)
-        self._pending = rest.to_batches()
-        self._num_pending = rest.num_rows
+        bands, users = np.nonzero(highs > lows)
+        order = np.lexsort((users, keys[users], bands))
+        bands, users = bands[order], users[order]
+        starts = (np.cumsum(counts) - counts)[users] + lows[bands, users]
+        sizes = (highs - lows)[bands, users]
+        cut = pa.record_batch(
+            [gather(column, starts, sizes) for column in rows.columns], schema=rows.schema
+        )
+        ends = np.cumsum(sizes)
+        places = np.stack([bands, keys[users]])
+        last = np.flatnonzero(np.append((np.diff(places) != 0).any(axis=0), True))
+        begin = 0
+        for i in last.tolist():
+            size = int(ends[i]) - begin
+            place = (int(places[0, i]), int(places[1, i]))
+            self._spool.add(place, cut.slice(begin, size), size * num_bytes)
+            begin += size
+
+    def _write_bands(self) -> None:
+        places = sorted(self._spool.keys())
+        for band, held in groupby(places, key=lambda place: place[0]):
+            group_rows = self._stripes.group_rows(band)
+            pending: list[pa.RecordBatch] = []
+            num_pending = 0
+            for batch in chain.from_iterable(map(self._spool.take, held)):
+                pending.append(batch)
+                num_pending += batch.num_rows
+                if num_pending >= _ROWS_AT_ONCE:
+                    table = pa.Table.from_batches(pending).cast(self._schema)
+                    whole = num_pending // group_rows * group_rows
+                    self._writer.write_table(table.slice(0, whole), row_group_size=group_rows)
+                    pending = table.slice(whole).to_batches()
+                    num_pending -= whole
+            if num_pending:
+                table = pa.Table.from_batches(pending).cast(self._schema)
+                self._writer.write_table(table, row_group_size=group_rows)
+
+    @property
+    def digest(self) -> Digest:
+        """Of all rows so far."""
+        return Digest.sum(self.digests.values())
 
     @property
     def num_users(self) -> int:
@@ -134,8 +196,9 @@ class SegmentWriter:
 
     def close(self) -> str:
         """Finish the file; returns its Delta statistics."""
-        self._flush(final=True)
+        self._write_bands()
         users = pa.concat_batches(self._users)
+        longest = int(pc.max(users.column("num_rows")).as_py())
         index = encode_users(users)
         header = {
             **self._header,
@@ -143,7 +206,9 @@ class SegmentWriter:
             "index_crc32": zlib.crc32(index),
             "num_rows": self.num_rows,
             "num_users": users.num_rows,
-            "digest": str(self.digest),
+            "bands": list(self._stripes.upto(longest).edges),
+            "striped": bool(self._stripes.edges),
+            "digests": {key: str(digest) for key, digest in sorted(self.digests.items())},
         }
         self._writer.add_key_value_metadata(
             {
@@ -156,6 +221,7 @@ class SegmentWriter:
 
     def abandon(self) -> None:
         """Close the handle of a file that will be thrown away."""
+        self._spool.close()
         self._writer.close()
 
     def _stats(self, users: pa.Array) -> str:
@@ -177,17 +243,3 @@ class SegmentWriter:
 def _iso_ms(time_ms: int) -> str:
     text = str(np.datetime64(time_ms, "ms"))
     return f"{text}Z"
-
-
-def _encodings(schema: pa.Schema) -> dict[str, Any]:
-    delta = [
-        f.name
-        for f in schema
-        if pa.types.is_timestamp(f.type) or f.type in (pa.int32(), pa.int64())
-    ]
-    # Event ids differ in every row: a dictionary of them only costs.
-    plain = ["event_id", "example_id", *(f.name for f in schema if f.type == pa.bool_())]
-    return {
-        "use_dictionary": [f.name for f in schema if f.name not in (*delta, *plain)],
-        "column_encoding": dict.fromkeys(delta, "DELTA_BINARY_PACKED"),
-    }
