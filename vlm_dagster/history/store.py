@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from vlm_dagster.engines import Engine
+from vlm_dagster.history.compaction import CompactionReport, Merge, compact
 from vlm_dagster.history.snapshot import Snapshot
 from vlm_dagster.history.validate import validated_events
 from vlm_dagster.schema import FeatureGroup
@@ -126,6 +127,39 @@ class HistoryStore(WindowedTable):
             finish=duplicates,
             facts={},
             counts=lambda: {"num_duplicates": duplicates.num_duplicates},
+        )
+
+    # -- layout -------------------------------------------------------------------------------
+
+    def compact(
+        self,
+        *,
+        fanout: int = 8,
+        max_windows: int = 512,
+        dry_run: bool = False,
+        progress: Callable[[Merge], None] | None = None,
+    ) -> CompactionReport:
+        """Merge small segments into larger ones. No data changes: every window keeps its digest,
+        which is proved from the new files before they replace the old ones.
+
+        Safe beside sealing, reading and other compactions; killed anywhere, it loses nothing.
+        Versions from before keep their files until nothing refers to them and they are collected.
+
+        Args:
+            fanout: how many segments of a tier become one of the next.
+            max_windows: the most windows of a segment.
+            dry_run: only say what would be merged.
+            progress: called with every merge when it is committed.
+
+        Raises:
+            CorruptFileError: a file is not what was sealed; nothing was replaced by it.
+        """
+        return compact(
+            self._table,
+            fanout=fanout,
+            max_windows=max_windows,
+            dry_run=dry_run,
+            progress=progress,
         )
 
     # -- versions -----------------------------------------------------------------------------

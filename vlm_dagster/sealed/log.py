@@ -10,6 +10,7 @@ Ids (`SEG` is the window's key as a partition value):
 - `vlm.window/SEG`: the lock of a window; its version is the revision, 1 when first sealed.
 - `vlm.facts/SEG/REVISION/JSON`: what was sealed: key, digest, counts, and a pointer window's pins.
 - `vlm.start`: the index of the first window, where it was not declared at creation.
+- `vlm.layout`: how often files were replaced by others with the same rows (layout.py).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from vlm_dagster.windows import Window, WindowGrid
 __all__ = ["LogReader", "SealedWindow", "TableState", "facts_id", "lock_id"]
 
 START_ID = "vlm.start"
+LAYOUT_ID = "vlm.layout"
 _COMMIT = re.compile(r"_delta_log/(\d{20})\.json")
 _CHECKPOINT = re.compile(r"_delta_log/(\d{20})\.checkpoint(?:\.[^/]+)?\.parquet")
 
