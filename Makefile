@@ -16,10 +16,10 @@ WORKERS ?= auto
 export VLM_HOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ui test check format bench clean
+.PHONY: help setup demo ui test check format bench bench-history clean
 
 help: ## List what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -51,6 +51,9 @@ format: $(READY) ## Format and fix what can be fixed
 
 bench: $(READY) ## Measure sealing and loading on this machine
 	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-history: $(READY) ## Measure the history store: layout, compaction, newest events
+	@$(BIN)/python -m benchmarks.history $(ARGS)
 
 clean: ## Remove what the demo made; .venv stays
 	rm -rf $(VLM_HOME)

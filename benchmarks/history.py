@@ -1,0 +1,198 @@
+"""`make bench-history`: what the history store promises, measured; a table, then one JSON line.
+
+It measures and does not judge: the exit status is 0 whether or not the figures hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import operator
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import history_files, sealing
+from benchmarks.history_floor import floor_bits
+from benchmarks.history_read import column_bytes, units
+from benchmarks.history_year import DAYS, EXTRA, FULL, QUICK, YEAR
+from benchmarks.measure import in_process, machine
+from vlm_dagster import HistoryStore
+
+_HOLDS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
+
+
+@dataclass
+class Bench:
+    """The arms' shared table and what they found."""
+
+    quick: bool
+    folder: str
+    figures: list[dict[str, Any]] = field(default_factory=list)
+
+    def figure(self, name: str, value: float, unit: str, how: str, limit: float) -> None:
+        holds = _HOLDS[how](value, limit)
+        reach = f"{how} {limit:g}"
+        value = float(f"{value:.4g}")
+        row = {"name": name, "value": value, "unit": unit, "reach": reach, "holds": holds}
+        self.figures.append(row)
+        print(f"{name:<52}{value:>14,.6g} {unit:<10} {reach:<10} {'holds' if holds else 'MISSES'}")
+
+    def note(self, name: str, value: float, unit: str) -> None:
+        print(f"    {name:<48}{value:>14,.6g} {unit}", flush=True)
+
+    @property
+    def shape(self) -> Any:
+        return QUICK if self.quick else FULL
+
+    @property
+    def uri(self) -> str:
+        return str(Path(self.folder, "year"))
+
+    @cached_property
+    def year(self) -> dict[str, Any]:
+        shape = vars(self.shape)
+        return in_process("benchmarks.history", "build_year", uri=self.uri, shape=shape)
+
+    def read(self, function: str, **more: Any) -> dict[str, Any]:
+        version = self.year["version"]
+        return in_process(
+            "benchmarks.history_read", function, uri=self.uri, version=version, **more
+        )
+
+
+def build_year(uri: str, shape: dict[str, int]) -> dict[str, Any]:
+    from benchmarks import history_year
+
+    return history_year.build(uri, history_year.Shape(**shape))
+
+
+def seal(bench: Bench) -> None:
+    found = sealing.run(2_000_000 if bench.quick else 50_000_000, 1)
+    bench.figure("sealing from Parquet", found["events_per_s"], "events/s", ">=", 3e6)
+    bench.figure("sealing, peak RSS", found["peak_rss_mb"], "MB", "<=", 2000)
+    bench.note("floor: bare DuckDB sort to Parquet", found["floor_events_per_s"], "events/s")
+
+
+def day400(bench: Bench) -> None:
+    seconds = bench.year["seconds"]
+    early, late = statistics.median(seconds[5:15]), statistics.median(seconds[DAYS - 10 :])
+    bench.figure("sealing day 400 against day 10", late / early, "ratio", "<=", 1.2)
+    bench.note("days 6-15, median", early * 1e3, "ms")
+    bench.note("days 391-400, median", late * 1e3, "ms")
+
+
+def decode(bench: Bench) -> None:
+    found = bench.read("decode", rounds=5)
+    bench.figure("full decode, 4 traits", found["events_per_s"], "events/s", ">=", 70e6)
+    bench.figure("full decode, of a bare read_row_groups", found["share"], "ratio", ">=", 0.8)
+    bench.note("floor: bare read_row_groups", found["bare_events_per_s"], "events/s")
+    bench.note("ours, first time", found["cold_events_per_s"], "events/s")
+
+
+def newest(bench: Bench) -> None:
+    length = bench.shape.newest
+    every = bench.read("newest", length=length, traits=None)
+    one = bench.read("newest", length=length, traits=["item_id"])
+    cheap = bench.read("newest", length=length, traits=["category"])
+    rows = every["rows_decoded"] / every["rows_needed"]
+    bench.figure(f"newest {length}, rows decoded / needed", rows, "ratio", "<=", 2)
+    data = every["data_bytes"] / every["bytes_needed"]
+    bench.figure(f"newest {length}, bytes read / needed", data, "ratio", "<=", 2.5)
+    share = one["data_bytes"] / every["data_bytes"]
+    bench.figure(f"newest {length}, one trait of eight, bytes", share, "ratio", "<=", 0.2)
+    both = (every["data_bytes"] + every["footer_bytes"]) / every["bytes_needed"]
+    bench.note("bytes read / needed, with footers", both, "ratio")
+    bench.note("footers", every["footer_bytes"] / 1e6, "MB")
+    bench.note("the eight traits' pages", every["data_bytes"] / 1e6, "MB")
+    bench.note("one trait (item_id)", one["data_bytes"] / 1e6, "MB")
+    bench.note("a smaller one (category)", cheap["data_bytes"] / every["data_bytes"], "ratio")
+    bench.note("the eight traits, seconds", every["seconds"], "s")
+
+
+def compaction(bench: Bench) -> None:
+    year = bench.year
+    written = (year["sealed"] + year["rewritten"]) / year["sealed"]
+    bench.figure(f"write amplification, {DAYS} days", written, "ratio", "<=", 5)
+    bench.note("compaction", year["rewritten"] / year["compact_seconds"], "events/s")
+
+
+def stored(bench: Bench) -> None:
+    version = bench.year["version"]
+    snapshot = HistoryStore.open(bench.uri).snapshot(version)
+    num_events = snapshot.num_events
+    found = column_bytes(bench.uri, snapshot)
+    lengths = np.concatenate([snapshot.count(part) for part in units(snapshot)])
+    floors = floor_bits(lengths.astype(np.float64), YEAR)
+    total = sum(size for name, size in found.items() if name not in EXTRA)
+    bench.figure("stored, all but the 3 other traits", total / num_events, "B/event", "<=", 16)
+    listed = [name for name in floors if name != "event_id"]
+    bench.note(
+        "of these, the issue's columns", sum(found[n] for n in listed) / num_events, "B/event"
+    )
+    bench.note("floor of the issue's columns", sum(floors[n] for n in listed) / 8, "B/event")
+    bench.note("floor with event_id", sum(floors.values()) / 8, "B/event")
+    for name, size in found.items():
+        if name not in EXTRA:
+            bench.note(name or "footers and page indices", size / num_events, "B/event")
+            if name in floors:
+                bench.note("  its floor", floors[name] / 8, "B/event")
+
+
+def files(bench: Bench) -> None:
+    uri = str(Path(bench.folder, "files"))
+    users = history_files.build(uri, 100_000)
+    seen = [
+        in_process("benchmarks.history_files", "resolve", uri=uri, users=users) for _ in range(3)
+    ]
+    found = sorted(seen, key=lambda one: float(one["seconds"]))[1]
+    name = f"opening {found['files']:,} files, resolving a unit"
+    bench.figure(name, found["seconds"], "s", "<=", 0.5)
+    for part in ("open_s", "segments_s", "read_s"):
+        bench.note(part[:-2], found[part], "s")
+
+
+def plain(bench: Bench) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        found = bench.read("plain", length=bench.shape.newest, folder=folder)
+    print("sorted plain Parquet, the eight traits (no event_id, no time)")
+    for name, value in found.items():
+        bench.note(name, value, "")
+
+
+ARMS: dict[str, Callable[[Bench], None]] = {
+    "seal": seal,
+    "day400": day400,
+    "decode": decode,
+    "newest": newest,
+    "compaction": compaction,
+    "stored": stored,
+    "files": files,
+    "plain": plain,
+}
+
+
+def chosen(only: str | None) -> Iterator[Callable[[Bench], None]]:
+    return (arm for name, arm in ARMS.items() if only in (None, name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the same arms on smaller data")
+    parser.add_argument("--only", choices=list(ARMS), help="one arm")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
+        bench = Bench(asked.quick, folder)
+        for arm in chosen(asked.only):
+            arm(bench)
+    print(json.dumps({"machine": machine(), "quick": asked.quick, "figures": bench.figures}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Reading the year table: decoding all of it, and only the newest events of everybody."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.history_year import FOUR
+from benchmarks.measure import in_turn, timed
+from vlm_dagster import HistoryStore, Projection
+from vlm_dagster.hashing import bucket_of
+from vlm_dagster.history.snapshot import Snapshot
+
+
+def units(snapshot: Snapshot) -> list[pa.Array]:
+    """A unit is all users of a bucket."""
+    users = snapshot.user_ids()
+    buckets = bucket_of(users, snapshot.num_buckets)
+    return [users.filter(pa.array(buckets == bucket)) for bucket in np.unique(buckets)]
+
+
+def decode(uri: str, version: int, rounds: int) -> dict[str, Any]:
+    """Events a second into arenas, unit by unit, 4 traits, one thread, warm, against a bare
+    `ParquetFile.read_row_groups` of the same files and columns (its best case: no checksums)."""
+    pa.set_cpu_count(1)
+    snapshot = HistoryStore.open(uri).snapshot(version)
+    parts = units(snapshot)
+    paths = [str(Path(uri, path)) for path in snapshot.files()["path"].to_pylist()]
+
+    def ours() -> None:
+        for part in parts:
+            index = snapshot.index_of(part)
+            index.read(FOUR, np.zeros_like(index.num_events), index.num_events)
+
+    def bare() -> None:
+        for path in paths:
+            file = pq.ParquetFile(path, pre_buffer=False)
+            groups = list(range(file.num_row_groups))
+            file.read_row_groups(groups, columns=FOUR, use_threads=False)
+
+    cold = timed(ours)
+    bare()
+    seconds = in_turn({"ours": lambda: timed(ours), "bare": lambda: timed(bare)}, rounds)
+    events = snapshot.num_events
+    return {
+        "events_per_s": events / seconds["ours"],
+        "bare_events_per_s": events / seconds["bare"],
+        "cold_events_per_s": events / cold,
+        "share": seconds["bare"] / seconds["ours"],
+    }
+
+
+def newest(uri: str, version: int, length: int, traits: list[str] | None) -> dict[str, float]:
+    """Rows and bytes read for the newest events of every user, unit by unit, from a store opened
+    for it; needed bytes are needed rows times the mean stored bytes of a row of these columns."""
+    store = HistoryStore.open(uri)
+    snapshot = store.snapshot(version)
+    projection = Projection(traits=traits, max_length=length)
+    parts = units(snapshot)
+    snapshot.stats.counts_bytes = True
+    start = time.perf_counter()
+    needed = sum(snapshot.read(part, projection).num_events for part in parts)
+    seconds = time.perf_counter() - start
+    stats = snapshot.stats
+    stored = column_bytes(uri, snapshot)
+    columns = projection.columns(snapshot.group)
+    row = sum(stored[name] for name in columns) / snapshot.num_events
+    return {
+        "rows_needed": needed,
+        "rows_decoded": stats.rows_decoded,
+        "bytes_needed": needed * row,
+        "data_bytes": stats.data_bytes,
+        "footer_bytes": stats.footer_bytes,
+        "seconds": seconds,
+    }
+
+
+def column_bytes(uri: str, snapshot: Snapshot) -> dict[str, int]:
+    """Stored bytes of each column's pages, and under "" everything else in the files."""
+    found: dict[str, int] = {"": 0}
+    files = snapshot.files()
+    for path in files["path"].to_pylist():
+        metadata = pq.read_metadata(Path(uri, path))
+        for g in range(metadata.num_row_groups):
+            for i in range(metadata.num_columns):
+                chunk = metadata.row_group(g).column(i)
+                name = chunk.path_in_schema
+                found[name] = found.get(name, 0) + chunk.total_compressed_size
+    found[""] = sum(files["size_bytes"].to_pylist()) - sum(found.values())
+    return found
+
+
+def plain(uri: str, version: int, length: int, folder: str) -> dict[str, float]:
+    """The same events as a plain Parquet file sorted by (user, time), zstd and LZ4: bytes an event,
+    and seconds to scan the four traits and to find the newest events of every user (row groups
+    whose user statistics match: for everybody, that is all of them)."""
+    pa.set_cpu_count(1)
+    snapshot = HistoryStore.open(uri).snapshot(version)
+    parts = [snapshot.read(part) for part in units(snapshot)]
+    tables = []
+    for part in parts:
+        users = part.user_ids.take(pa.array(np.repeat(np.arange(len(part.lengths)), part.lengths)))
+        tables.append(pa.table({"user_id": users, **part.columns}))
+    table = pa.concat_tables(tables)
+    found: dict[str, float] = {}
+    for codec in ("zstd", "lz4"):
+        path = str(Path(folder, f"{codec}.parquet"))
+        pq.write_table(table, path, compression=codec, row_group_size=65_536)
+
+        def scan(columns: list[str], path: str = path) -> pa.Table:
+            file = pq.ParquetFile(path, pre_buffer=False)
+            groups = list(range(file.num_row_groups))
+            return file.read_row_groups(groups, columns=columns, use_threads=False)
+
+        def tails() -> None:
+            rows = scan(["user_id", *FOUR])
+            ids = rows["user_id"].to_numpy()
+            ends = np.append(np.flatnonzero(np.diff(ids)) + 1, len(ids))
+            begins = np.maximum(ends - length, np.append(0, ends[:-1]))
+            lengths = ends - begins
+            at = np.repeat(begins - np.cumsum(lengths) + lengths, lengths)
+            rows.take(pa.array(at + np.arange(len(at))))
+
+        scan(FOUR)
+        seconds = in_turn(
+            {"scan": lambda: timed(lambda: scan(FOUR)), "newest": lambda: timed(tails)}, 3
+        )
+        found |= {
+            f"{codec}_bytes": Path(path).stat().st_size / table.num_rows,
+            f"{codec}_scan_events_per_s": table.num_rows / seconds["scan"],
+            f"{codec}_newest_s": seconds["newest"],
+        }
+    reads = {"ours": lambda: timed(lambda: _newest_four(uri, version, length))}
+    found["ours_newest_s"] = in_turn(reads, 3)["ours"]
+    return found
+
+
+def _newest_four(uri: str, version: int, length: int) -> None:
+    snapshot = HistoryStore.open(uri).snapshot(version)
+    for part in units(snapshot):
+        snapshot.read(part, Projection(traits=FOUR, max_length=length))
