@@ -82,6 +82,29 @@ def test_inspect_at_a_version_shows_what_was_there_then(tables: Path) -> None:
     assert facts["num_events"] == 2
 
 
+def test_compact_merges_and_inspect_shows_segments_bands_and_columns(tmp_path: Path) -> None:
+    store = HistoryStore.create(tmp_path / "history", GROUP, num_buckets=1, bands=(2,))
+    for day in (*DAYS, "1997-09-22"):
+        times = pa.array([f"{day}T10:00:00Z"] * 4).cast(pa.timestamp("us", "UTC"))
+        columns = {"user_id": [1, 1, 1, 2], "event_id": [1, 2, 3, 4], "event_time": times}
+        store.seal(day, pa.table({**columns, "item_id": [7, 8, 9, 10]}))
+    planned = json.loads(told("compact", store.uri, "--fanout", "2", "--dry-run", "--json"))
+    assert (planned["segments_before"], planned["segments_after"]) == (3, 2)
+    assert store.snapshot().version == 3
+    assert "3 segments became 2" in told("compact", store.uri, "--fanout", "2")
+    assert "nothing to compact" in told("compact", store.uri, "--fanout", "2")
+    facts = json.loads(told("inspect", store.uri, "--json"))
+    names = [segment["name"] for segment in facts["segments"]]
+    assert names == ["1997-09-20..1997-09-21", "1997-09-22"]
+    assert [(b["edge"], b["num_rows"]) for b in facts["bands"]] == [(2, 7), (None, 5)]
+    assert sum(c["stored"] for c in facts["columns"]) == facts["num_bytes"]
+    files = json.loads(told("inspect", store.uri, "--window", DAYS[1], "--json"))["windows"]
+    assert [f["segment"] for f in files[0]["files"]] == [names[0]]
+    shown = told("inspect", store.uri)
+    assert all(word in shown for word in (*names, "0 to 1", "2 and beyond", "item_id", "█"))
+    assert "no Delta table here" in refused("compact", str(tmp_path))
+
+
 def test_lineage_leads_from_pointers_to_files(tables: Path) -> None:
     found = json.loads(told("lineage", str(tables / "pointers"), "--files", "--json"))
     assert [source["version"] for source in found["from"]] == [1, 2]

@@ -245,7 +245,7 @@ def test_of_two_rewrites_of_the_same_files_one_is_refused(
 # -- crashes --------------------------------------------------------------------------------------
 
 CHILD = """
-import sys
+import os, sys, time
 from vlm_dagster import HistoryStore
 from vlm_dagster.history import compaction, rewrite
 from vlm_dagster.storage import LocalStorage
@@ -254,8 +254,8 @@ def stop_at(owner, name, before=True):
     original = getattr(owner, name)
     def stopping(*args, **kwargs):
         found = None if before else original(*args, **kwargs)
-        print("stopped", flush=True)
-        sys.stdin.read()
+        os.write(1, b"stopped\\n")
+        time.sleep(600)
         return found
     setattr(owner, name, stopping)
 stop_at(*{

@@ -214,6 +214,27 @@ def verify(
 
 
 @app.command()
+def compact(
+    uri: Annotated[str, typer.Argument(help="A history table.")],
+    fanout: Annotated[int, typer.Option(help="So many segments become one.")] = 8,
+    max_windows: Annotated[int, typer.Option(help="The most windows of a segment.")] = 512,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be merged.")] = False,
+    as_json: AsJson = False,
+    storage_option: Options = None,
+) -> None:
+    """Merge small segments of a history into larger ones: faster to read, the same data."""
+    from vlm_dagster.commands.compact import as_facts, history_of, show_compaction
+    from vlm_dagster.commands.opening import open_any, parse_storage_options
+
+    store = history_of(open_any(uri, parse_storage_options(storage_option or [])), uri)
+    report = store.compact(fanout=fanout, max_windows=max_windows, dry_run=dry_run)
+    if as_json:
+        _print_json(as_facts(report))
+    else:
+        show_compaction(report, _console())
+
+
+@app.command()
 def sweep(
     uri: Annotated[str, typer.Argument(help="A history table or a pointer dataset.")],
     older_than_hours: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow.compute as pc
@@ -12,11 +13,18 @@ from rich.table import Table
 from vlm_dagster.commands.opening import CheckpointFolder, Opened
 from vlm_dagster.errors import WindowError
 from vlm_dagster.history import HistoryStore
+from vlm_dagster.history.inventory import inventory
 from vlm_dagster.pointers import PointerDataset
 from vlm_dagster.sealed import SealedWindow
 from vlm_dagster.windows import format_us
 
 __all__ = ["describe", "show"]
+
+_MOST_SEGMENTS = 20
+_OWN_TABLES = frozenset(
+    {"windows", "pins", "group", "spec", "metrics", "model", "environment"}
+    | {"segments", "bands", "columns"}
+)
 
 
 def describe(
@@ -53,6 +61,7 @@ def _describe_history(
     snapshot = store.snapshot(version)
     past = snapshot.windows_past_watermark
     files = snapshot.files(past_watermark=True)
+    segments, bands, columns, foreign = inventory(snapshot)
     return {
         "kind": "history",
         "uri": store.uri,
@@ -68,6 +77,10 @@ def _describe_history(
         "num_windows_past_watermark": len(past),
         "num_files": files.num_rows,
         "num_bytes": pc.sum(files["size_bytes"]).as_py() or 0,
+        "num_files_without_index": foreign,
+        "segments": [asdict(one) for one in segments],
+        "bands": [asdict(band) for band in bands],
+        "columns": [asdict(column) for column in columns],
         "windows": _windows([*snapshot.windows, *past], files.to_pylist(), window),
     }
 
@@ -111,11 +124,12 @@ def _windows(
             "end": format_us(one.window.end_us),
             "digest": one.digest,
             "num_rows": one.num_rows,
-            "num_bytes": sizes[one.window.segment],
+            # None: it lies in a compacted segment together with others, or it is empty.
+            "num_bytes": sizes.get(one.window.segment),
             **{k: v for k, v in one.facts.items() if k.startswith("num_")},
         }
         if only is not None:
-            entry["files"] = [f for f in files if f["segment"] == one.window.segment]
+            entry["files"] = [f for f in files if _holds(f["segment"], one.window.segment)]
             if "pins" in one.facts:
                 entry["pins"] = one.facts["pins"]
         found.append(entry)
@@ -128,7 +142,7 @@ def show(facts: dict[str, Any], console: Console, *, max_windows: int = 20) -> N
     """Print what `describe` found."""
     head = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in facts.items():
-        if name not in ("windows", "pins", "group", "spec", "metrics", "model", "environment"):
+        if name not in _OWN_TABLES:
             head.add_row(name.replace("_", " "), _shown(name, value))
     console.print(head)
     declared = facts.get("group") or facts.get("spec")
@@ -142,6 +156,8 @@ def show(facts: dict[str, Any], console: Console, *, max_windows: int = 20) -> N
             for key, value in facts[name].items():
                 table.add_row(str(key), _shown(key, value))
             console.print(table)
+    if "segments" in facts:
+        _show_files(facts, console)
     windows = facts.get("windows", [])
     if windows:
         console.print(_window_table(windows[-max_windows:]))
@@ -160,17 +176,79 @@ def _window_table(windows: list[dict[str, Any]]) -> Table:
     table.add_column("digest", overflow="fold", min_width=33)
     most = max(window["num_rows"] for window in windows) or 1
     for window in windows:
-        rows = window["num_rows"]
+        rows, size = window["num_rows"], window["num_bytes"]
         table.add_row(
             window["window"],
             f"{rows:,}",
             f"{window.get('num_users', 0):,}",
-            f"{window['num_bytes']:,}",
-            f"{window['num_bytes'] / rows:.1f}" if rows else "-",
+            "-" if size is None else f"{size:,}",
+            f"{size / rows:.1f}" if rows and size else "-",
             "█" * round(12 * rows / most),
             window["digest"].rpartition("-")[2],
         )
     return table
+
+
+def _holds(segment: str, window: str) -> bool:
+    # Windows of a grid have keys of one length, so their order is that of the text.
+    first, dots, last = segment.partition("..")
+    return first <= window <= (last if dots else first)
+
+
+def _show_files(facts: dict[str, Any], console: Console) -> None:
+    """Segments, bands and columns of a history, each with a bar."""
+    if not facts["segments"]:
+        return
+    segments = facts["segments"][-_MOST_SEGMENTS:]
+    table = _bar_table("segment", "windows", "files", "events", "bytes", "bytes/event")
+    most = max(one["num_rows"] for one in segments) or 1
+    for one in segments:
+        table.add_row(
+            one["name"],
+            f"{one['num_windows']:,}",
+            f"{one['num_files']:,}",
+            f"{one['num_rows']:,}",
+            f"{one['num_bytes']:,}",
+            f"{one['num_bytes'] / max(one['num_rows'], 1):.1f}",
+            _bar(one["num_rows"], most),
+        )
+    console.print(table)
+    if len(facts["segments"]) > len(segments):
+        console.print(f"... and {len(facts['segments']) - len(segments):,} earlier segments")
+    table = _bar_table("band (newest of a user in a file)", "events", "row groups")
+    low = 0
+    most = max(band["num_rows"] for band in facts["bands"]) if facts["bands"] else 1
+    for band in facts["bands"]:
+        edge = band["edge"]
+        name = f"{low:,} and beyond" if edge is None else f"{low:,} to {edge - 1:,}"
+        low = edge or 0
+        rows = band["num_rows"]
+        table.add_row(name, f"{rows:,}", f"{band['num_row_groups']:,}", _bar(rows, most))
+    console.print(table)
+    table = _bar_table("column", "bytes", "bytes/event", "compressed to")
+    most = max(column["stored"] for column in facts["columns"]) or 1
+    for column in facts["columns"]:
+        stored, plain = column["stored"], column["uncompressed"]
+        table.add_row(
+            column["name"] or "(footers and indices)",
+            f"{stored:,}",
+            f"{stored / max(facts['num_events'], 1):.2f}",
+            f"{stored / plain:.0%}" if plain else "-",
+            _bar(stored, most),
+        )
+    console.print(table)
+
+
+def _bar_table(first: str, *others: str) -> Table:
+    table = Table(first, header_style="bold")
+    for name in others:
+        table.add_column(name, justify="right")
+    table.add_column("")
+    return table
+
+
+def _bar(value: int, most: int) -> str:
+    return "█" * round(20 * value / max(most, 1))
 
 
 def _shown(name: str, value: Any) -> str:

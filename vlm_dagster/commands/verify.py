@@ -58,7 +58,12 @@ def verify_all(
                 targets.append(ref.open(storage_options))
             except VlmError as error:
                 problems.append(str(error))
+    seen: dict[str, set[str]] = {}
     for target in targets:
+        files = set(target.files()["path"].to_pylist())
+        if isinstance(target, Snapshot) and files <= seen.setdefault(target.uri, set()):
+            continue  # an older pin without files of its own
+        seen.setdefault(target.uri, set()).update(files)
         report = target.verify(deep=deep, progress=progress)
         reports.append(report)
         problems += report.problems
@@ -80,13 +85,8 @@ def _check_weights(opened: CheckpointFolder) -> list[str]:
 
 
 def _pinned(opened: CheckpointFolder) -> list[PointerRef | SnapshotRef]:
-    """Every pointer window that the checkpoint pins, and of each history the newest pin: its
-    files include those of the older ones."""
+    """Every pointer window that the checkpoint pins, and every history pin, newest first: unless
+    it was compacted between them, the newest has all files of the older ones."""
     pointers = [PointerRef.from_json(pin) for pin in opened.manifest.pins.values() if pin]
-    newest: dict[tuple[str, str], SnapshotRef] = {}
-    for ref in pointers:
-        for pin in ref.pins:
-            key = (pin.uri, pin.table_id)
-            if key not in newest or newest[key].version < pin.version:
-                newest[key] = pin
-    return [*pointers, *newest.values()]
+    histories = {pin for ref in pointers for pin in ref.pins}
+    return [*pointers, *sorted(histories, key=lambda pin: (pin.uri, -pin.version))]

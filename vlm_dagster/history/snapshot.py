@@ -25,7 +25,7 @@ from vlm_dagster.sealed.segments import Segment
 from vlm_dagster.sealed.stats import ReadStats
 from vlm_dagster.sealed.verify import verify
 from vlm_dagster.storage import redact
-from vlm_dagster.windows import format_us
+from vlm_dagster.windows import WindowGrid, format_us
 
 if TYPE_CHECKING:
     from vlm_dagster.history.store import HistoryStore
@@ -170,6 +170,10 @@ class Snapshot:
         return self._table.spec.num_buckets
 
     @property
+    def grid(self) -> WindowGrid:
+        return self._table.spec.grid
+
+    @property
     def windows(self) -> list[SealedWindow]:
         """The windows that the watermark covers, oldest first: what this snapshot shows."""
         return list(self._covered)
@@ -228,10 +232,6 @@ class Snapshot:
         return [one for one in found if first <= one.first and one.last <= last]
 
     @property
-    def _names(self) -> list[str]:
-        return [segment.name for segment in self.segments]
-
-    @property
     def stats(self) -> ReadStats:
         """What has been read of this table through this store so far."""
         return self._table.stats
@@ -272,7 +272,7 @@ class Snapshot:
     def times_of(self, user_ids: pa.Array) -> list[tuple[int, int]]:
         """The time `[start_us, end_us)` of each file that `index_of` of the same users looks into,
         in its order."""
-        grid = self._table.spec.grid
+        grid = self.grid
         return [
             (grid.at(segment.first).start_us, grid.at(segment.last).end_us)
             for segment, _ in self._readers_of(user_ids)
@@ -346,13 +346,17 @@ class Snapshot:
         if column not in self.group.event_schema.names:
             self.group.trait(column)
         stored = self.group.aliases.get(column, column)
-        for _, reader in self._table.all_readers(self.version, self._names):
+        for reader in self.readers():
             yield from reader.read_groups([stored]).column(stored).chunks
+
+    def readers(self) -> Iterator[SegmentReader]:
+        """The readers of all files, oldest segment first."""
+        names = [segment.name for segment in self.segments]
+        return (reader for _, reader in self._table.all_readers(self.version, names))
 
     def user_ids(self) -> pa.Array:
         """Every user with an event here, sorted."""
-        readers = self._table.all_readers(self.version, self._names)
-        found = [reader.users.user_ids for _, reader in readers]
+        found = [reader.users.user_ids for reader in self.readers()]
         if not found:
             return pa.array([], self.group.user_id)
         return pa.concat_arrays(found).unique().sort()

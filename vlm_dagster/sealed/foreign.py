@@ -36,6 +36,8 @@ class ForeignReader:
     Raises CorruptFileError, which names the file, when one is missing or lacks a column.
     """
 
+    has_index = False
+
     def __init__(
         self,
         storage: Storage,

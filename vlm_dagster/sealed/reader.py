@@ -36,6 +36,8 @@ class SegmentReader:
     Raises CorruptFileError, which names the file, when it is missing, cut short or not ours.
     """
 
+    has_index = True
+
     def __init__(
         self,
         storage: Storage,
@@ -127,6 +129,21 @@ class SegmentReader:
     @property
     def num_row_groups(self) -> int:
         return len(self._group_ends)
+
+    @property
+    def group_ends(self) -> I64:
+        """[G] the row just past each row group."""
+        return self._group_ends
+
+    @property
+    def uncompressed_bytes(self) -> dict[str, int]:
+        """Per column, the bytes of its encoded pages before compression."""
+        groups = [self._metadata.row_group(g) for g in range(self._metadata.num_row_groups)]
+        names = [self._metadata.schema.column(i).name for i in range(self._metadata.num_columns)]
+        return {
+            name: sum(group.column(i).total_uncompressed_size for group in groups)
+            for i, name in enumerate(names)
+        }
 
     @cached_property
     def column_bytes(self) -> dict[str, I64]:
