@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import history_files, sealing
 from benchmarks.history_floor import floor_bits
 from benchmarks.history_read import column_bytes, units
-from benchmarks.history_year import DAYS, EXTRA, FULL, QUICK, YEAR
+from benchmarks.history_year import DAYS, EARLY, EXTRA, FULL, LATE, QUICK, YEAR
 from benchmarks.measure import in_process, machine
 from vlm_dagster import HistoryStore
 
@@ -82,7 +82,7 @@ def seal(bench: Bench) -> None:
 
 def day400(bench: Bench) -> None:
     seconds = bench.year["seconds"]
-    early, late = statistics.median(seconds[5:15]), statistics.median(seconds[DAYS - 10 :])
+    early, late = (statistics.median(seconds[i] for i in days) for days in (EARLY, LATE))
     bench.figure("sealing day 400 against day 10", late / early, "ratio", "<=", 1.2)
     bench.note("days 6-15, median", early * 1e3, "ms")
     bench.note("days 391-400, median", late * 1e3, "ms")
