@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from vlm_dagster.assets import (
     automation_sensor,
+    compaction_asset,
     evaluation_asset,
     history_asset,
     history_checks,
@@ -84,6 +85,8 @@ def demo_definitions(
         owners=_OWNERS,
     )
 
+    layout = compaction_asset(history, group_name=_GROUP, owners=_OWNERS)
+
     def requests(window: Window) -> Iterator[pa.RecordBatch]:
         on_window("building pointers")
         return _requests(_landed(landing).events(window), settings)
@@ -120,10 +123,10 @@ def demo_definitions(
 
     tables = str(home / "tables")
     return dg.Definitions(
-        assets=[raw_events, history, pointers, ranker, evaluation],
+        assets=[raw_events, history, layout, pointers, ranker, evaluation],
         asset_checks=[*history_checks(history), *pointer_checks(pointers)],
         schedules=[sealing_schedule([history, pointers])],
-        sensors=[automation_sensor([ranker, evaluation])],
+        sensors=[automation_sensor([ranker, evaluation, layout])],
         resources={
             "history_io_manager": VlmHistoryIOManager(root=tables),
             "pointer_io_manager": VlmPointerIOManager(root=tables),

@@ -2,7 +2,7 @@
 
     raw events -> history_asset -> pointer_asset -> training_asset -> evaluation_asset
                         |                |
-                 history_checks   pointer_checks          automation.py: schedule and sensor
+    compaction_asset, history_checks   pointer_checks         automation.py: schedule and sensor
 
 Each factory returns one ordinary `dg.AssetsDefinition`. Importing this loads no torch.
 """
@@ -14,6 +14,7 @@ from vlm_dagster.assets.automation import (
     sealing_schedule,
 )
 from vlm_dagster.assets.checks import history_checks, pointer_checks
+from vlm_dagster.assets.compaction import compaction_asset
 from vlm_dagster.assets.evaluation import EvaluateRunConfig, evaluation_asset
 from vlm_dagster.assets.history import history_asset
 from vlm_dagster.assets.landing import landing_asset
@@ -28,6 +29,7 @@ __all__ = [
     "SealConfig",
     "TrainRunConfig",
     "automation_sensor",
+    "compaction_asset",
     "evaluation_asset",
     "history_asset",
     "history_checks",
