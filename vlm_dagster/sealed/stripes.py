@@ -28,7 +28,7 @@ I64 = npt.NDArray[np.int64]
 DEFAULT_EDGES = (128, 512, 2048, 8192)
 # Rows of a row group by band, near bands first: a near row group is read for a few of its users, a
 # far one mostly whole, where large row groups decode faster and weigh less in the footer.
-_GROUP_ROWS = (8_192, 16_384, 32_768)
+_GROUP_ROWS = (4_096, 8_192, 32_768)
 _FAR_GROUP_ROWS = 65_536
 
 
