@@ -219,7 +219,7 @@ def test_rows_that_another_writer_appended_are_refused(store: HistoryStore) -> N
         lambda s: s.user_ids(),
         lambda s: list(s.column_chunks("item_id")),
     ):
-        with pytest.raises(TableError, match=rf"window {day(0)} was sealed with.*another writer"):
+        with pytest.raises(TableError, match=rf"window {day(0)} should have.*another writer"):
             act(fresh(store))
     assert not fresh(store).verify().ok
     assert pin.open().verify(deep=True).ok

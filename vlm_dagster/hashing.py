@@ -166,6 +166,14 @@ class Digest:
             (self.high + other.high) & _MASK_64,
         )
 
+    def __sub__(self, other: Digest) -> Digest:
+        """The digest of the rows that are left when those of `other`, which are among them, go."""
+        return Digest(
+            self.num_rows - other.num_rows,
+            (self.low - other.low) & _MASK_64,
+            (self.high - other.high) & _MASK_64,
+        )
+
     def __str__(self) -> str:
         return f"vlm1-{self.num_rows}-{self.high:016x}{self.low:016x}"
 

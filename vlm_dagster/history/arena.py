@@ -83,6 +83,9 @@ class BucketIndex:
         user_ids: [U] sorted and distinct.
         schema: the types of the columns, for when there is nothing to read.
         aliases: columns that are not stored, and the stored ones that they equal.
+        gone: [U] how many of each user's oldest events no file holds any more; None means none.
+        cut: by number of a file, [U] how many of each user's events there count, the oldest
+            ones; all where it is not given.
     """
 
     def __init__(
@@ -91,6 +94,9 @@ class BucketIndex:
         user_ids: pa.Array,
         schema: pa.Schema,
         aliases: Mapping[str, str] = MappingProxyType({}),
+        *,
+        gone: I64 | None = None,
+        cut: Mapping[int, I64] = MappingProxyType({}),
     ) -> None:
         self._readers = list(readers)
         self._schema = schema
@@ -104,20 +110,19 @@ class BucketIndex:
             known = at >= 0
             self._at[i] = at
             self._counts[i, known] = reader.users.counts[at[known]]
-        self._ends = np.cumsum(self._counts, axis=0)
+            if i in cut:
+                self._counts[i] = np.minimum(self._counts[i], cut[i])
+        self.gone = np.zeros(len(user_ids), np.int64) if gone is None else gone
+        self._ends = np.cumsum(self._counts, axis=0) + self.gone
 
     @property
     def num_events(self) -> I64:
-        """[U] each user's events in all of the files."""
-        if not self._readers:
-            return np.zeros(len(self.user_ids), np.int64)
-        return np.asarray(self._ends[-1])
+        """[U] each user's events, those that are gone included: the end position of the history."""
+        return self.num_events_before(len(self._readers))
 
     def num_events_before(self, num_files: int) -> I64:
-        """[U] each user's events in the first so many files."""
-        if num_files == 0:
-            return np.zeros(len(self.user_ids), np.int64)
-        return np.asarray(self._ends[num_files - 1])
+        """[U] the position at which each user's events in the first so many files end."""
+        return np.asarray(self._ends[num_files - 1]) if num_files else self.gone
 
     def extreme(self, name: str, keep: Literal["min", "max"]) -> I64:
         """[U] the least or greatest of what the files' indices keep about each user under
@@ -134,6 +139,7 @@ class BucketIndex:
         """The index of only the users `[low, high)` of this one."""
         part = copy(self)
         part.user_ids = self.user_ids.slice(low, high - low)
+        part.gone = self.gone[low:high]
         for name in ("_at", "_counts", "_ends"):
             setattr(part, name, getattr(self, name)[:, low:high])
         return part
@@ -144,9 +150,10 @@ class BucketIndex:
 
         Args:
             columns: the columns to decode.
-            first: [U], at least 0 and at most `end`.
+            first: [U], at least `gone` and at most `end`.
             end: [U], at most `num_events`.
         """
+        assert (first >= self.gone).all(), "events are asked for that are gone"
         stored = [self._aliases.get(name, name) for name in columns]
         begins = self._ends - self._counts
         low = np.clip(first[None, :] - begins, 0, self._counts)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from vlm_dagster.history.arena import BucketIndex, Histories
 from vlm_dagster.schema import FeatureGroup, Projection
 from vlm_dagster.sealed import SealedTable, SealedWindow, TableState, VerifyReport
 from vlm_dagster.sealed.gathering import gather
+from vlm_dagster.sealed.gone import Removal
 from vlm_dagster.sealed.incoming import widens
 from vlm_dagster.sealed.reader import SegmentReader
 from vlm_dagster.sealed.segments import Segment
@@ -72,7 +74,10 @@ class SnapshotRef:
         uri: str | None = None,
         store: HistoryStore | None = None,
     ) -> Snapshot:
-        """Open the pinned snapshot, refusing anything that is not it.
+        """Open what is pinned, refusing anything that is not it.
+
+        That is the pinned version, or, where it was retired, the newest one that holds the same
+        content up to the pin's watermark, proved by its digest, and shows nothing past it.
 
         Args:
             uri: where the table lies now, if it was moved.
@@ -80,7 +85,7 @@ class SnapshotRef:
 
         Raises:
             TableError: the table or the version is gone.
-            PinError: what lies there is another table, or holds other content.
+            PinError: what lies there is another table, or no version that is kept holds the content.
         """
         from vlm_dagster.history.store import HistoryStore
 
@@ -93,15 +98,7 @@ class SnapshotRef:
                 way_out="The table was recreated since; restore the pinned one, or rebuild the "
                 "pointers against the new one.",
             )
-        snapshot = store.snapshot(version=self.version)
-        if snapshot.digest != self.digest:
-            raise PinError(
-                f"history table {store.uri} at version {self.version}",
-                pinned=f"digest {self.digest}",
-                found=f"digest {snapshot.digest}",
-                way_out="Its log was altered; restore it from a copy.",
-            )
-        return snapshot
+        return store.pinned(self)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -150,11 +147,26 @@ class PinOpener:
 class Snapshot:
     """A history table at one version, complete up to its watermark. Get one from `HistoryStore`."""
 
-    def __init__(self, table: SealedTable, group: FeatureGroup, state: TableState) -> None:
+    def __init__(
+        self,
+        table: SealedTable,
+        group: FeatureGroup,
+        state: TableState,
+        *,
+        pin: SnapshotRef | None = None,
+    ) -> None:
+        """
+        Args:
+            pin: what it was opened for: then nothing past the pin's watermark is shown.
+        """
         self._table = table
         self._state = state
         self.group = group
+        self._pin = pin
         self._covered = state.covered
+        if pin is not None:
+            mark = -1 if pin.watermark_us is None else pin.watermark_us
+            self._covered = [one for one in self._covered if one.window.end_us <= mark]
         self._digest: str | None = None
 
     @property
@@ -181,7 +193,7 @@ class Snapshot:
     @property
     def watermark_us(self) -> int | None:
         """The end of the last window up to which none is missing, UTC microseconds."""
-        return self._state.watermark_us
+        return self._state.watermark_us if self._pin is None else self._pin.watermark_us
 
     @property
     def watermark(self) -> str | None:
@@ -190,7 +202,18 @@ class Snapshot:
 
     @property
     def num_events(self) -> int:
-        return sum(sealed.num_events for sealed in self._covered)
+        """The events that can be read here."""
+        return sum(self._state.left(sealed.window.index).num_rows for sealed in self._covered)
+
+    @property
+    def num_events_gone(self) -> int:
+        """The events that were sealed and have left since: of erased users, or of dropped windows."""
+        return sum(sealed.num_events for sealed in self._covered) - self.num_events
+
+    @property
+    def removals(self) -> tuple[Removal, ...]:
+        """The record of what left the table, oldest first."""
+        return self._state.gone.removals
 
     @property
     def digest(self) -> str:
@@ -206,8 +229,8 @@ class Snapshot:
         return prefix_digest([s for s in self._covered if s.window.end_us <= watermark_us])
 
     def ref(self) -> SnapshotRef:
-        """The pin that names this snapshot."""
-        return SnapshotRef(
+        """The pin that names this snapshot; the one that it was opened from, if it was."""
+        return self._pin or SnapshotRef(
             uri=self.uri,
             table_id=self._table.table_id,
             group=self.group.name,
@@ -229,7 +252,12 @@ class Snapshot:
         last = self._covered[-1].window.index
         first = self._covered[0].window.index
         found = self._table.segments(self.version)
-        return [one for one in found if first <= one.first and one.last <= last]
+        return [one for one in found if first <= one.first <= last]
+
+    def _reaches_past(self, segment: Segment) -> bool:
+        """Whether a segment holds windows past the watermark too: it was compacted since a pin
+        was taken, and only some of its rows count."""
+        return segment.last > self._covered[-1].window.index
 
     @property
     def stats(self) -> ReadStats:
@@ -266,8 +294,33 @@ class Snapshot:
 
     def index_of(self, user_ids: pa.Array) -> BucketIndex:
         """Where events of these users (sorted, distinct) lie, whichever buckets they are in."""
-        readers = [reader for _, reader in self._readers_of(user_ids)]
-        return BucketIndex(readers, user_ids, self.group.event_schema, self.group.aliases)
+        found = self._readers_of(user_ids)
+        cut = {
+            number: self._events_before_watermark(reader, user_ids)
+            for number, (segment, reader) in enumerate(found)
+            if self._reaches_past(segment)
+        }
+        return self._index([reader for _, reader in found], user_ids, cut)
+
+    def _index(
+        self,
+        readers: Sequence[SegmentReader],
+        user_ids: pa.Array,
+        cut: Mapping[int, I64] = MappingProxyType({}),
+    ) -> BucketIndex:
+        gone = self._table.gone_counts(self._state.gone, user_ids)
+        schema, aliases = self.group.event_schema, self.group.aliases
+        return BucketIndex(readers, user_ids, schema, aliases, gone=gone, cut=cut)
+
+    def _events_before_watermark(self, reader: SegmentReader, user_ids: pa.Array) -> I64:
+        """[U] how many of each user's events in a file lie before the watermark: the oldest ones."""
+        clock = self.group.clock
+        whole = BucketIndex([reader], user_ids, self.group.event_schema)
+        counts = whole.num_events
+        read = whole.read([clock], np.zeros_like(counts), counts)
+        times = np.asarray(read.columns[clock].cast(pa.int64()))
+        before = np.concatenate([[0], np.cumsum(times < self.watermark_us)])
+        return np.asarray(before[read.offsets[1:]] - before[read.offsets[:-1]], np.int64)
 
     def times_of(self, user_ids: pa.Array) -> list[tuple[int, int]]:
         """The time `[start_us, end_us)` of each file that `index_of` of the same users looks into,
@@ -314,21 +367,20 @@ class Snapshot:
         for bucket in np.unique(buckets):
             index = self.index_of(distinct.filter(pa.array(buckets == bucket)))
             end = index.num_events
-            first = (
-                np.zeros_like(end)
-                if projection.max_length is None
-                else np.maximum(end - projection.max_length, 0)
-            )
+            first = index.gone
+            if projection.max_length is not None:
+                first = np.maximum(end - projection.max_length, first)
             parts.append(index.read(columns, first, end))
         return _in_order(asked, parts, columns, self.group.event_schema)
 
     def index_through(self, user_ids: pa.Array, end: I64) -> BucketIndex:
-        """`index_of` of users whose histories are known to reach at least `end`, [U].
+        """`index_of` of users whose histories are known to reach at least `end`, [U]. It may reach
+        past the watermark.
 
         Raises:
             PinError: a history ends before, so it is not the one that was pointed into.
         """
-        index = self.index_of(user_ids)
+        index = self._index([reader for _, reader in self._readers_of(user_ids)], user_ids)
         short = np.flatnonzero(index.num_events < end)
         if len(short):
             i = int(short[0])
@@ -346,17 +398,32 @@ class Snapshot:
         if column not in self.group.event_schema.names:
             self.group.trait(column)
         stored = self.group.aliases.get(column, column)
-        for reader in self.readers():
-            yield from reader.read_groups([stored]).column(stored).chunks
+        for segment, reader in self._shown():
+            if self._reaches_past(segment):
+                rows = reader.read_groups(list(dict.fromkeys([stored, self.group.clock])))
+                times = rows.column(self.group.clock).cast(pa.int64())
+                yield from rows.filter(pc.less(times, self.watermark_us)).column(stored).chunks
+            else:
+                yield from reader.read_groups([stored]).column(stored).chunks
+
+    def _shown(self) -> Iterator[tuple[Segment, SegmentReader]]:
+        """The readers of all files and what they hold, oldest segment first."""
+        segments = {segment.name: segment for segment in self.segments}
+        found = self._table.all_readers(self.version, segments)
+        return ((segments[name], reader) for name, reader in found)
 
     def readers(self) -> Iterator[SegmentReader]:
         """The readers of all files, oldest segment first."""
-        names = [segment.name for segment in self.segments]
-        return (reader for _, reader in self._table.all_readers(self.version, names))
+        return (reader for _, reader in self._shown())
 
     def user_ids(self) -> pa.Array:
         """Every user with an event here, sorted."""
-        found = [reader.users.user_ids for reader in self.readers()]
+        found = []
+        for segment, reader in self._shown():
+            users = reader.users.user_ids
+            if self._reaches_past(segment):
+                users = users.filter(pa.array(self._events_before_watermark(reader, users) > 0))
+            found.append(users)
         if not found:
             return pa.array([], self.group.user_id)
         return pa.concat_arrays(found).unique().sort()

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from vlm_dagster.engines import Engine
+from vlm_dagster.errors import PinError
 from vlm_dagster.history.compaction import CompactionReport, Merge, compact
-from vlm_dagster.history.snapshot import Snapshot
+from vlm_dagster.history.snapshot import Snapshot, SnapshotRef
 from vlm_dagster.history.validate import validated_events
 from vlm_dagster.schema import FeatureGroup
 from vlm_dagster.sealed import (
@@ -16,6 +17,7 @@ from vlm_dagster.sealed import (
     SealedTable,
     StagedWindow,
     TableSpec,
+    TableState,
 )
 from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
@@ -172,6 +174,37 @@ class HistoryStore(WindowedTable):
         """
         return Snapshot(self._table, self.group, self._table.state(version))
 
+    def pinned(self, pin: SnapshotRef) -> Snapshot:
+        """What a pin of this table names; see `SnapshotRef.open`.
+
+        Raises:
+            PinError: no version that is kept holds it.
+        """
+        newest = self._table.state()
+        versions = [pin.version]
+        if pin.version in newest.retired:
+            later = sorted(v for v in newest.retired.keep if v > pin.version)
+            versions = [newest.version, *reversed(later)]
+        found = ""
+        for version in versions:
+            state = newest if version == newest.version else self._table.state(version)
+            snapshot = Snapshot(self._table, self.group, state, pin=pin)
+            found = found or snapshot.digest
+            if snapshot.digest == pin.digest:
+                _check_not_dropped(snapshot, pin, state)
+                return snapshot
+        retired = pin.version in newest.retired
+        by, at = newest.retired.by, newest.retired.at
+        raise PinError(
+            f"history table {self.uri} at version {pin.version}",
+            pinned=f"digest {pin.digest}",
+            found=f"digest {found}",
+            way_out=f"Its version was retired ({by}, {at}), and later ones hold corrected content: "
+            "build the pointers anew."
+            if retired
+            else "Its log was altered; restore it from a copy.",
+        )
+
     def version_covering(self, window: str | Window) -> int:
         """The first version whose watermark covers a window; it never changes once there is one.
 
@@ -184,6 +217,22 @@ class HistoryStore(WindowedTable):
         """`version_covering` of many windows, by key, in one pass over the log."""
         parsed = [self.grid.parse(window) for window in windows]
         return self._table.versions.all_covering(parsed)
+
+
+def _check_not_dropped(snapshot: Snapshot, pin: SnapshotRef, state: TableState) -> None:
+    """A pin that was moved forward needs the counts of every user at its watermark: these are known
+    only if what was dropped since lies before it."""
+    dropped = [one.through for one in state.gone.removals if one.kind == "drop"]
+    if not dropped or snapshot.version == pin.version:
+        return
+    last = max(snapshot.grid.parse(key) for key in dropped)
+    if pin.watermark_us is None or last.end_us > pin.watermark_us:
+        raise PinError(
+            f"history table {snapshot.uri} at version {pin.version}",
+            pinned=f"what is complete up to {snapshot.watermark}",
+            found=f"windows through {last.key} dropped",
+            way_out="All that it shows has been dropped by age; train on later examples.",
+        )
 
 
 def _spec(

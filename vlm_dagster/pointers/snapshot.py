@@ -43,7 +43,8 @@ class PointerRef:
     def open(
         self, storage_options: Mapping[str, str] | None = None, *, uri: str | None = None
     ) -> PointerSnapshot:
-        """Open the pinned windows, refusing anything that is not them.
+        """Open the pinned windows, refusing anything that is not them. Where the pinned version was
+        retired, they are opened at the newest one.
 
         Raises:
             TableError: the dataset or the version is gone.
@@ -59,10 +60,13 @@ class PointerRef:
                 found=f"table id {dataset.table_id}",
                 way_out="The dataset was recreated since; restore the pinned one.",
             )
-        snapshot = dataset.snapshot(windows=self.windows, version=self.version)
+        # A retired version's examples are in every later one: sealed windows of pointers stay.
+        newest = dataset.state()
+        version = newest.version if self.version in newest.retired else self.version
+        snapshot = dataset.snapshot(windows=self.windows, version=version)
         if snapshot.digest != self.digest:
             raise PinError(
-                f"pointer dataset {dataset.uri} at version {self.version}",
+                f"pointer dataset {dataset.uri} at version {version}",
                 pinned=f"digest {self.digest}",
                 found=f"digest {snapshot.digest}",
                 way_out="Its log was altered; restore it from a copy.",

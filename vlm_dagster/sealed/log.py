@@ -10,7 +10,9 @@ Ids (`SEG` is the window's key as a partition value):
 - `vlm.window/SEG`: the lock of a window; its version is the revision, 1 when first sealed.
 - `vlm.facts/SEG/REVISION/JSON`: what was sealed: key, digest, counts, and a pointer window's pins.
 - `vlm.start`: the index of the first window, where it was not declared at creation.
-- `vlm.layout`: how often files were replaced by others with the same rows (layout.py).
+- `vlm.layout`: how often files were replaced by others (layout.py).
+- `vlm.gone`, `vlm.gone/EDITION/NAME`: the ledger of rows that left since (gone.py).
+- `vlm.retired`, `vlm.retired/NUMBER/NAME`: versions that are not kept any more (retired.py).
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from vlm_dagster.hashing import Digest
+from vlm_dagster.sealed.gone import GONE_ID, Gone, read_gone
+from vlm_dagster.sealed.retired import RETIRED_ID, Retired, read_retired
 from vlm_dagster.storage import Storage
 from vlm_dagster.windows import Window, WindowGrid
 
@@ -48,12 +52,17 @@ def facts_id(window: Window, revision: int, facts: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class SealedWindow:
-    """A window as sealed: the digest of its rows, how many, and what else was recorded."""
+    """A window as sealed: the digest of its rows, how many, and what else was recorded.
+
+    Attributes:
+        revision: 1 as first sealed, one more with every correction.
+    """
 
     window: Window
     digest: str
     num_rows: int
     facts: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
+    revision: int = 1
 
     @property
     def num_events(self) -> int:
@@ -62,12 +71,25 @@ class SealedWindow:
 
 @dataclass(frozen=True)
 class TableState:
-    """What is sealed at a version, by window index. `start` is the first window that counts."""
+    """What is sealed at a version, by window index, and what has left since.
+
+    Attributes:
+        start: the first window that counts.
+        gone: rows that were sealed and are not there any more.
+        retired: the versions that are not kept any more.
+    """
 
     version: int
     grid: WindowGrid
     start: int | None
     sealed: dict[int, SealedWindow]
+    gone: Gone = field(default_factory=Gone, hash=False)
+    retired: Retired = field(default_factory=Retired)
+
+    def left(self, index: int) -> Digest:
+        """The digest of the rows of a sealed window that the files of this version hold."""
+        sealed = self.sealed[index]
+        return Digest.parse(sealed.digest) - self.gone.of(sealed.window.segment, sealed.revision)
 
     @cached_property
     def covered(self) -> list[SealedWindow]:
@@ -114,6 +136,8 @@ class LogReader:
         self._known: tuple[int, dict[str, int]] = (-1, {})
         self._commits: dict[int, dict[str, int]] = {}
         self._windows: dict[str, SealedWindow] = {}
+        self._gone: dict[int, Gone] = {}
+        self._retired: dict[int, Retired] = {}
         self._lock = threading.Lock()
 
     def transactions(self, version: int) -> dict[str, int]:
@@ -191,7 +215,17 @@ class LogReader:
             if transactions.get(f"vlm.window/{segment}") == int(revision):  # else superseded
                 found = self._window(app_id, grid)
                 sealed[found.window.index] = found
-        return TableState(version, grid, start, sealed)
+        gone, retired = self._editions(transactions)
+        return TableState(version, grid, start, sealed, gone, retired)
+
+    def _editions(self, transactions: dict[str, int]) -> tuple[Gone, Retired]:
+        """The ledger and the retirement, each edition of which is read once."""
+        edition, number = transactions.get(GONE_ID, 0), transactions.get(RETIRED_ID, 0)
+        if edition not in self._gone:
+            self._gone[edition] = read_gone(self._storage, transactions)
+        if number not in self._retired:
+            self._retired[number] = read_retired(self._storage, transactions)
+        return self._gone[edition], self._retired[number]
 
     def _window(self, app_id: str, grid: WindowGrid) -> SealedWindow:
         found = self._windows.get(app_id)
@@ -199,6 +233,7 @@ class LogReader:
             facts = json.loads(app_id.split("/", 3)[3])
             digest = Digest.parse(facts["digest"])
             window = grid.parse(facts["key"])
-            found = SealedWindow(window, str(digest), digest.num_rows, facts)
+            revision = int(app_id.split("/", 3)[2])
+            found = SealedWindow(window, str(digest), digest.num_rows, facts, revision)
             self._windows[app_id] = found
         return found

@@ -10,13 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from deltalake import DeltaTable
 
 from vlm_dagster.engines import Engine
 from vlm_dagster.errors import StorageError, TableError, WindowError
+from vlm_dagster.hashing import bucket_of
 from vlm_dagster.sealed.foreign import ForeignReader
-from vlm_dagster.sealed.log import LogReader, SealedWindow, TableState
+from vlm_dagster.sealed.gone import Gone, GoneUsers
+from vlm_dagster.sealed.log import LogReader, TableState
 from vlm_dagster.sealed.opening import create_delta, open_delta, plain, read_declaration
 from vlm_dagster.sealed.reader import NoIndexError, SegmentReader
 from vlm_dagster.sealed.segments import Segment, find_segments
@@ -28,6 +32,8 @@ from vlm_dagster.storage import normalize_uri, open_storage
 from vlm_dagster.windows import Window
 
 __all__ = ["SealedTable"]
+
+I64 = npt.NDArray[np.int64]
 
 _READER_CACHE_BYTES = 256 << 20
 
@@ -55,6 +61,7 @@ class SealedTable:
         self._files = lru_cache(maxsize=4)(self._load_files)
         self._buckets = lru_cache(maxsize=4)(self._load_buckets)
         self._checked = lru_cache(maxsize=4)(self._check_files)
+        self._gone_users = lru_cache(maxsize=64)(lambda path: GoneUsers.read(self.storage, path))
 
     # -- opening ------------------------------------------------------------------------------
 
@@ -219,26 +226,44 @@ class SealedTable:
         segments = find_segments(self.uri, rows, state)
         seen: set[int] = set()
         for segment in segments:
-            windows = segment.windows(state)
-            self._check_rows(version, segment.name, windows, rows[segment.name])
-            seen.update(sealed.window.index for sealed in windows)
+            indices = range(segment.first, segment.last + 1)
+            self._check_rows(state, segment.name, indices, rows[segment.name])
+            seen.update(indices)
         for index, sealed in state.sealed.items():
             if index not in seen:
-                self._check_rows(version, sealed.window.key, [sealed], 0)
+                self._check_rows(state, sealed.window.key, [index], 0)
         return segments
 
-    def _check_rows(
-        self, version: int, name: str, windows: Sequence[SealedWindow], found: int
-    ) -> None:
-        expected = sum(sealed.num_rows for sealed in windows)
+    def _check_rows(self, state: TableState, name: str, indices: Sequence[int], found: int) -> None:
+        expected = sum(state.left(index).num_rows for index in indices)
         if found != expected:
             raise TableError(
                 self.uri,
-                f"{'window' if len(windows) == 1 else 'segment'} {name} was sealed with {expected} "
-                f"rows, but at version {version} its files hold {found}: another writer changed "
-                "the table",
+                f"{'window' if len(indices) == 1 else 'segment'} {name} should have {expected} "
+                f"rows, but at version {state.version} its files hold {found}: another writer "
+                "changed the table",
                 "Pin a version before that.",
             )
+
+    def gone_counts(self, gone: Gone, user_ids: pa.Array) -> I64:
+        """[U] how many of each user's oldest rows are gone."""
+        found = np.zeros(len(user_ids), np.int64)
+        if not gone.buckets:
+            return found
+        buckets = bucket_of(user_ids, self.spec.num_buckets)
+        for bucket in np.unique(buckets).tolist():
+            if bucket in gone.buckets:
+                mine = buckets == bucket
+                users = self.gone_users(gone, bucket)
+                found[mine] = users.counts_of(user_ids.filter(pa.array(mine)), gone.salt)
+        return found
+
+    def gone_users(self, gone: Gone, bucket: int) -> GoneUsers:
+        """Who of a bucket has rows gone."""
+        path = gone.buckets.get(bucket)
+        if path is None:
+            return GoneUsers.none(self.spec.columns.field("user_id").type)
+        return self._gone_users(path)
 
     def _load_buckets(self, version: int) -> dict[int, dict[str, list[str]]]:
         self.segments(version)

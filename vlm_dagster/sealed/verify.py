@@ -95,10 +95,10 @@ def verify(
                 progress(size)
     if not problems:
         problems.extend(
-            f"window {sealed.window.key} of {table.uri}: sealed with digest {sealed.digest}, but "
-            f"its files add up to {found[key]}"
-            for key, sealed in chosen.items()
-            if str(found[key]) != sealed.digest
+            f"window {sealed.window.key} of {table.uri}: what is left of digest {sealed.digest} is "
+            f"{state.left(index)}, but its files add up to {found[sealed.window.segment]}"
+            for index, sealed in sorted(state.sealed.items())
+            if sealed.window.segment in chosen and found[sealed.window.segment] != state.left(index)
         )
     return VerifyReport(
         table.uri, version, len(chosen), num_files, num_bytes, num_rows, tuple(problems)

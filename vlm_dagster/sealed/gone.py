@@ -1,0 +1,266 @@
+"""What was sealed and is no longer there: the ledger of erased users and dropped windows.
+
+The facts of a window never change, so that pins stay true; the ledger says what has left since.
+Window by window, digest by digest, what was sealed is what the files hold plus what is gone.
+
+A user's events that are gone are always the oldest of the history. The ledger keeps how many they
+are, so the position of every event that is left stays what it was. Of erased users it knows no
+id, only a salted 64-bit word, which tells that an id is among them if one has the id.
+
+Two kinds of sidecar hold it: `_gone/SHA.json` the windows and the record of removals, and for each
+bucket `_gone/SHA.arrow` the users. The transaction `vlm.gone` counts the ledger's editions, and
+`vlm.gone/EDITION/NAME` names the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import Transaction
+
+from vlm_dagster.errors import TableError
+from vlm_dagster.hashing import Digest, id_words, mix64
+from vlm_dagster.sealed.sidecar import put_sidecar, read_sidecar
+from vlm_dagster.storage import Storage
+
+__all__ = ["Gone", "GoneUsers", "Removal", "read_gone", "user_words"]
+
+I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
+
+GONE_ID = "vlm.gone"
+_FOLDER = "_gone"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The audit record of one removal.
+
+    Attributes:
+        id: tells removals apart; an erasure asked for again goes on under its own.
+        kind: "erasure" of users, or "drop" of the oldest windows.
+        reason: as given.
+        at: when it began, ISO 8601.
+        num_users: of an erasure: users asked for.
+        num_rows: rows removed so far.
+        through: the last window (by key) that it covers.
+        done: whether it is complete; False while it goes on, or after it was killed.
+    """
+
+    id: str
+    kind: Literal["erasure", "drop"]
+    reason: str
+    at: str
+    num_users: int
+    num_rows: int
+    through: str
+    done: bool
+
+
+@dataclass(frozen=True)
+class Gone:
+    """The ledger at one version.
+
+    Attributes:
+        edition: how often it was written.
+        windows: by segment name of a window, the revision that rows left, and their digest.
+        buckets: by bucket, the sidecar of its users.
+        removals: oldest first.
+        salt: of the erased users' words.
+    """
+
+    edition: int = 0
+    windows: Mapping[str, tuple[int, Digest]] = field(default_factory=dict)
+    buckets: Mapping[int, str] = field(default_factory=dict)
+    removals: tuple[Removal, ...] = ()
+    salt: int = 0
+
+    def of(self, window: str, revision: int) -> Digest:
+        """The digest of the rows that left a revision of a window."""
+        found = self.windows.get(window)
+        return found[1] if found is not None and found[0] == revision else Digest()
+
+    def removing(self, rows: Mapping[str, tuple[int, Digest]]) -> Gone:
+        """With more rows gone: by segment name of a window, its revision and their digest."""
+        windows = dict(self.windows)
+        for name, (revision, digest) in rows.items():
+            if digest.num_rows:
+                windows[name] = (revision, self.of(name, revision) + digest)
+        return replace(self, windows=windows)
+
+    def recording(self, removal: Removal) -> Gone:
+        """With a removal added, or brought up to date."""
+        others = tuple(one for one in self.removals if one.id != removal.id)
+        return replace(self, removals=(*others, removal))
+
+    def salted(self) -> Gone:
+        """With a salt, which is chosen once in the life of a table."""
+        return self if self.salt else replace(self, salt=secrets.randbits(63) | 1)
+
+    def write(self, storage: Storage) -> tuple[Gone, list[Transaction]]:
+        """Put the next edition in place; returns it and what the commit that needs it must carry."""
+        written = replace(self, edition=self.edition + 1)
+        facts = {
+            "format": _FORMAT,
+            "edition": written.edition,
+            "salt": f"{self.salt:016x}",
+            "windows": {n: [r, str(d)] for n, (r, d) in sorted(self.windows.items())},
+            "buckets": {str(bucket): path for bucket, path in sorted(self.buckets.items())},
+            "removals": [asdict(one) for one in self.removals],
+        }
+        data = json.dumps(facts, sort_keys=True).encode()
+        name = put_sidecar(storage, _FOLDER, data, ".json").rpartition("/")[2]
+        return written, [
+            Transaction(GONE_ID, written.edition),
+            Transaction(f"{GONE_ID}/{written.edition}/{name}", 1),
+        ]
+
+
+def read_gone(storage: Storage, transactions: Mapping[str, int]) -> Gone:
+    """The ledger, from the transactions of a version."""
+    edition = transactions.get(GONE_ID)
+    if edition is None:
+        return Gone()
+    prefix = f"{GONE_ID}/{edition}/"
+    (name,) = (app_id[len(prefix) :] for app_id in transactions if app_id.startswith(prefix))
+    facts = json.loads(read_sidecar(storage, f"{_FOLDER}/{name}"))
+    if facts["format"] > _FORMAT:
+        raise TableError(
+            storage.uri,
+            f"its ledger of removals has format {facts['format']}, newer than this code's {_FORMAT}",
+            "Upgrade vlm-dagster.",
+        )
+    return Gone(
+        edition=edition,
+        windows={n: (r, Digest.parse(d)) for n, (r, d) in facts["windows"].items()},
+        buckets={int(bucket): path for bucket, path in facts["buckets"].items()},
+        removals=tuple(Removal(**one) for one in facts["removals"]),
+        salt=int(facts["salt"], 16),
+    )
+
+
+def user_words(user_ids: pa.Array, salt: int) -> U64:
+    """[U] one salted word a user. Of integers no two are equal; of strings, hardly ever."""
+    return mix64(id_words(user_ids) ^ np.uint64(salt))
+
+
+@dataclass(frozen=True)
+class GoneUsers:
+    """The users of one bucket with events gone.
+
+    Attributes:
+        user_ids, counts: [D] of dropped windows: ascending ids, and how many events of each.
+        words, word_counts, through: [E] of erased users: ascending words, how many events of each,
+            and the index of the last window that was sealed when they were erased.
+    """
+
+    user_ids: pa.Array
+    counts: I64
+    words: U64
+    word_counts: I64
+    through: I64
+
+    @classmethod
+    def none(cls, user_id: pa.DataType) -> GoneUsers:
+        empty = np.zeros(0, np.int64)
+        return cls(pa.array([], user_id), empty, np.zeros(0, np.uint64), empty, empty)
+
+    def counts_of(self, user_ids: pa.Array, salt: int) -> I64:
+        """[U] how many of each user's oldest events are gone."""
+        return self._dropped(user_ids) + self._erased(user_ids, salt, self.word_counts, 0)
+
+    def erased_through(self, user_ids: pa.Array, salt: int) -> I64:
+        """[U] the index of the last window that a user's erasure covers; -1 if not erased."""
+        return self._erased(user_ids, salt, self.through, -1)
+
+    def _dropped(self, user_ids: pa.Array) -> I64:
+        at = pc.index_in(user_ids, value_set=self.user_ids)
+        known = at.is_valid().to_numpy(zero_copy_only=False)
+        found = np.zeros(len(user_ids), np.int64)
+        found[known] = self.counts[at.drop_null().to_numpy()]
+        return found
+
+    def _erased(self, user_ids: pa.Array, salt: int, values: I64, blank: int) -> I64:
+        found = np.full(len(user_ids), blank, np.int64)
+        if len(self.words) and len(user_ids):
+            words = user_words(user_ids, salt)
+            at = np.minimum(np.searchsorted(self.words, words), len(self.words) - 1)
+            known = self.words[at] == words
+            found[known] = values[at[known]]
+        return found
+
+    def dropping(self, user_ids: pa.Array, counts: I64) -> GoneUsers:
+        """With more events of some users dropped. An erased user who came back, and whose new events
+        are dropped, stands among both."""
+        both = pa.table(
+            {
+                "user_id": pa.concat_arrays([self.user_ids, user_ids]),
+                "count": np.concatenate([self.counts, counts]),
+            }
+        )
+        summed = both.group_by("user_id").aggregate([("count", "sum")]).sort_by("user_id")
+        ids = _whole(summed["user_id"])
+        return replace(self, user_ids=ids, counts=np.asarray(_whole(summed["count_sum"])))
+
+    def erasing(self, user_ids: pa.Array, counts: I64, salt: int, through: int) -> GoneUsers:
+        """With events of some users erased; what was dropped of them is kept under their words."""
+        words = np.concatenate([self.words, user_words(user_ids, salt)])
+        sums = np.concatenate([self.word_counts, counts + self._dropped(user_ids)])
+        last = np.concatenate([self.through, np.full(len(user_ids), through, np.int64)])
+        distinct, where = np.unique(words, return_inverse=True)
+        total = np.zeros(len(distinct), np.int64)
+        np.add.at(total, where, sums)
+        newest = np.full(len(distinct), -1, np.int64)
+        np.maximum.at(newest, where, last)
+        stay = pc.invert(pc.is_in(self.user_ids, value_set=user_ids))
+        left, counts_left = self.user_ids.filter(stay), self.counts[np.asarray(stay)]
+        return GoneUsers(left, counts_left, distinct, total, newest)
+
+    def write(self, storage: Storage) -> str:
+        """Put it in place; returns the sidecar's path."""
+        num_dropped, num_erased = len(self.user_ids), len(self.words)
+        blank = np.full(num_dropped, -1, np.int64)
+        batch = pa.record_batch(
+            {
+                "user_id": pa.concat_arrays(
+                    [self.user_ids, pa.nulls(num_erased, self.user_ids.type)]
+                ),
+                "word": pa.concat_arrays(
+                    [pa.nulls(num_dropped, pa.uint64()), pa.array(self.words)]
+                ),
+                "count": np.concatenate([self.counts, self.word_counts]),
+                "through": np.concatenate([blank, self.through]),
+            }
+        )
+        sink = pa.BufferOutputStream()
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_stream(sink, batch.schema, options=options) as writer:
+            writer.write_batch(batch)
+        return put_sidecar(storage, _FOLDER, sink.getvalue().to_pybytes(), ".arrow")
+
+    @classmethod
+    def read(cls, storage: Storage, path: str) -> GoneUsers:
+        """What `write` put in place."""
+        table = pa.ipc.open_stream(read_sidecar(storage, path)).read_all()
+        dropped = table.filter(pc.is_valid(table["user_id"]))
+        erased = table.filter(pc.is_valid(table["word"]))
+        return cls(
+            _whole(dropped["user_id"]),
+            np.asarray(_whole(dropped["count"])),
+            np.asarray(_whole(erased["word"])),
+            np.asarray(_whole(erased["count"])),
+            np.asarray(_whole(erased["through"])),
+        )
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)

@@ -1,0 +1,99 @@
+"""Versions that are no longer kept: their files may be gone, and pins to them open a later version.
+
+What a retired version held is not lost, as long as a later one holds the same content: a pin says which
+content that is, and is moved forward when it is opened, after proof (`Pinned.open`). A version is
+retired by a transaction before its first file is deleted, so a reader never takes a collected version
+for a damaged one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from deltalake import CommitProperties, Transaction
+
+from vlm_dagster.sealed.attempts import attempted
+from vlm_dagster.sealed.sidecar import put_sidecar, read_sidecar
+from vlm_dagster.storage import Storage
+from vlm_dagster.windows import format_us
+
+if TYPE_CHECKING:
+    from vlm_dagster.sealed.table import SealedTable
+
+__all__ = ["Retired", "read_retired", "retire"]
+
+RETIRED_ID = "vlm.retired"
+_FOLDER = "_retired"
+
+
+@dataclass(frozen=True)
+class Retired:
+    """Which versions are retired: all below `below` but those in `keep`.
+
+    Attributes:
+        by: what retired the newest of them, e.g. "gc" or "erasure".
+        at: when, as ISO 8601; empty if nothing was.
+    """
+
+    below: int = 0
+    keep: frozenset[int] = frozenset()
+    by: str = ""
+    at: str = ""
+
+    def __contains__(self, version: int) -> bool:
+        return version < self.below and version not in self.keep
+
+
+def read_retired(storage: Storage, transactions: Mapping[str, int]) -> Retired:
+    """What is retired, from the transactions of a version."""
+    number = transactions.get(RETIRED_ID)
+    if number is None:
+        return Retired()
+    prefix = f"{RETIRED_ID}/{number}/"
+    (path,) = (app_id[len(prefix) :] for app_id in transactions if app_id.startswith(prefix))
+    facts = json.loads(read_sidecar(storage, f"{_FOLDER}/{path}"))
+    return Retired(facts["below"], frozenset(facts["keep"]), facts["by"], facts["at"])
+
+
+def retire(table: SealedTable, below: int, keep: Collection[int], by: str) -> Retired:
+    """Retire all versions below `below` but those to keep. What is retired already stays so.
+
+    Raises:
+        StorageError: the commit could not be written.
+    """
+
+    def attempt() -> Retired:
+        handle = table.handle()
+        transactions = table.log.transactions(int(handle.version()))
+        before = read_retired(table.storage, transactions)
+        limit = max(below, before.below)
+        # Asking for less than was retired before lets nothing go that is kept beyond it.
+        wanted = {*keep, *(v for v in before.keep if v >= below)}
+        kept = frozenset(v for v in wanted if v < limit and v not in before)
+        if limit == before.below and kept == before.keep:
+            return before
+        found = Retired(limit, kept, by, format_us(int(time.time() * 1e6)))
+        facts = {**asdict(found), "format": 1, "keep": sorted(kept)}
+        data = json.dumps(facts, sort_keys=True).encode()
+        name = put_sidecar(table.storage, _FOLDER, data, ".json").rpartition("/")[2]
+        number = transactions.get(RETIRED_ID, 0) + 1
+        handle.create_write_transaction(
+            [],
+            "append",
+            table.spec.delta_schema,
+            ["segment", "bucket"],
+            commit_properties=CommitProperties(
+                app_transactions=[
+                    Transaction(RETIRED_ID, number),
+                    Transaction(f"{RETIRED_ID}/{number}/{name}", 1),
+                ],
+                custom_metadata={"vlm.retired": f"below {limit}", "vlm.by": by},
+            ),
+        )
+        return found
+
+    return attempted(table.uri, "retiring versions", attempt)
