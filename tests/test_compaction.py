@@ -225,13 +225,15 @@ def test_of_two_rewrites_of_the_same_files_one_is_refused(
     store: HistoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both looked before either committed: without the lock, Delta would let both through."""
-    from vlm_dagster.history.rewrite import stage_merge
+    from vlm_dagster.history.rewrite import rewrite
+    from vlm_dagster.sealed.layout import StagedLayout
 
     one, other = HistoryStore.open(store.uri), HistoryStore.open(store.uri)
     version = one.snapshot().version
     segments = one.snapshot().segments[:2]
     windows = [one.grid.parse(day(0)), one.grid.parse(day(1))]
-    staged = [stage_merge(s._table, version, segments, windows) for s in (one, other)]
+    written = [rewrite(s._table, version, segments, windows) for s in (one, other)]
+    staged = [StagedLayout("compaction", "x", w.added, w.replaced) for w in written]
     handles = [other._table.handle()]  # opened before the first commit
     open_now = other._table.handle
     monkeypatch.setattr(

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vlm_dagster.errors import SchemaError
-from vlm_dagster.history.rewrite import stage_merge
-from vlm_dagster.sealed.layout import commit_layout
+from vlm_dagster.history.rewrite import rewrite
+from vlm_dagster.sealed.layout import StagedLayout, commit_layout
 from vlm_dagster.sealed.log import TableState
-from vlm_dagster.sealed.segments import Segment
+from vlm_dagster.sealed.segments import Segment, segment_name
 from vlm_dagster.sealed.table import SealedTable
 from vlm_dagster.windows import Window
 
@@ -76,7 +76,8 @@ def plan_merges(
         # A larger segment than we want stays as it is (made with another fan-out).
         whole = all(low <= s.first and s.last <= high for s in inside)
         if whole and len(inside) > 1:
-            num_events = sum(w.num_events for s in inside for w in s.windows(state))
+            indices = (index for s in inside for index in range(s.first, s.last + 1))
+            num_events = sum(state.left(index).num_rows for index in indices)
             merges.append(Merge(grid.at(low), grid.at(high), tuple(inside), num_events))
         first += size
     return merges
@@ -114,12 +115,14 @@ def compact(
             num_lost += 1
             continue
         windows = [state.grid.at(i) for i in range(merge.first.index, merge.last.index + 1)]
-        staged = stage_merge(table, version, merge.segments, windows)
+        written = rewrite(table, version, merge.segments, windows)
+        where = segment_name(merge.first, merge.last)
+        staged = StagedLayout("compaction", where, written.added, written.replaced)
         if commit_layout(table, staged) is None:
             num_lost += 1
             continue
         made.append(merge)
-        num_bytes += sum(file.size for file in staged.files)
+        num_bytes += written.num_bytes
         if progress is not None:
             progress(merge)
     after = table.state().version

@@ -1,30 +1,32 @@
-"""Replacing files by others with the same rows: one Delta transaction that changes no data.
+"""Replacing files by others: one Delta transaction that changes no data in Delta's sense.
 
 Delta does not check removed files for conflicts: two rewrites from stale handles would both succeed,
 and the rows stand twice. So every rewrite carries the application transaction `vlm.layout`, whose
 version counts up: of two that race, the log lets one through, and the other looks again whether its
 files are still there. Sealing does not carry it: adding windows and rewriting old ones do not
 touch each other.
+
+Compaction keeps all rows. Erasing and dropping remove some, and the same commit says so in the ledger
+(gone.py); a correction carries the new revision of its window. Delta is not told that data changed:
+the tables are append-only to everybody else, and stay so (docs/decisions/0014).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deltalake import CommitProperties, DeltaTable, Transaction
-from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
-from vlm_dagster.errors import CorruptFileError, StorageError
-from vlm_dagster.sealed.log import LAYOUT_ID
+from vlm_dagster.errors import CorruptFileError
+from vlm_dagster.sealed.attempts import attempted
+from vlm_dagster.sealed.log import LAYOUT_ID, TableState
 from vlm_dagster.sealed.table import SealedTable
 from vlm_dagster.sealed.writer import StagedFile
 
-__all__ = ["LiveFile", "StagedLayout", "commit_layout"]
-
-_MAX_TRIES = 50
+__all__ = ["LiveFile", "Placed", "StagedLayout", "commit_layout", "live_files"]
 
 
 @dataclass(frozen=True)
@@ -38,24 +40,48 @@ class LiveFile:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A file in place but not committed, and the segment that it belongs to."""
+
+    segment: str
+    file: StagedFile
+
+
+@dataclass(frozen=True)
 class StagedLayout:
     """Files in place but not committed, and those that they stand for.
 
     Attributes:
-        segment: the partition value of the new files.
         what: a word for errors and for the log, e.g. "compaction".
+        where: of which windows, for the same.
     """
 
-    segment: str
-    files: tuple[StagedFile, ...]
-    replaced: tuple[LiveFile, ...]
     what: str
+    where: str
+    added: tuple[Placed, ...]
+    replaced: tuple[LiveFile, ...]
+
+
+def live_files(table: SealedTable, version: int, segments: Sequence[str]) -> list[LiveFile]:
+    """The files of some segments at a version."""
+    names = set(segments)
+    return [
+        LiveFile(row["path"], row["size_bytes"], row["segment"], row["bucket"])
+        for row in table.files(version).to_pylist()
+        if row["segment"] in names
+    ]
 
 
 def commit_layout(
-    table: SealedTable, staged: StagedLayout, metadata: Mapping[str, str] | None = None
+    table: SealedTable,
+    staged: StagedLayout,
+    also: Callable[[TableState], Sequence[Transaction]] = lambda state: (),
+    metadata: Mapping[str, str] | None = None,
 ) -> int | None:
     """Make a rewrite visible, in one step.
+
+    Args:
+        also: from the state that the commit builds on, further transactions to carry.
 
     Returns:
         The version, or None if another rewrite replaced some of the files first: nothing was changed
@@ -65,8 +91,8 @@ def commit_layout(
         CorruptFileError: a staged file is gone.
         StorageError: the commit could not be written.
     """
-    problem: BaseException | None = None
-    for attempt in range(_MAX_TRIES):
+
+    def attempt() -> int | None:
         handle = table.handle()
         version = int(handle.version())
         live = set(table.files(version)["path"].to_pylist())
@@ -74,26 +100,14 @@ def commit_layout(
             return None
         _check_in_place(table, staged)
         number = table.log.transactions(version).get(LAYOUT_ID, 0) + 1
-        try:
-            _commit_once(table, handle, staged, number, dict(metadata or {}))
-        except CommitFailedError as error:
-            problem = error
-            time.sleep(min(0.002 * 2**attempt, 0.25))
-            continue
-        except (DeltaError, OSError) as error:
-            raise StorageError(
-                table.uri, f"committing the {staged.what} of {staged.segment}", error
-            ) from error
+        more = also(table.state_of(handle))
+        _commit_once(table, handle, staged, number, more, dict(metadata or {}))
         for found, transactions in table.log.commits_after(version):
             if transactions.get(LAYOUT_ID) == number:
                 return found
         raise AssertionError(f"{table.uri}: the commit of layout {number} is not in the log")
-    raise StorageError(
-        table.uri,
-        f"committing the {staged.what} of {staged.segment} ({_MAX_TRIES} tries, others kept "
-        "winning)",
-        problem or RuntimeError("no try was made"),
-    )
+
+    return attempted(table.uri, f"committing the {staged.what} of {staged.where}", attempt)
 
 
 def _commit_once(
@@ -101,20 +115,21 @@ def _commit_once(
     handle: DeltaTable,
     staged: StagedLayout,
     number: int,
+    also: Sequence[Transaction],
     metadata: dict[str, str],
 ) -> None:
     now_ms = int(time.time() * 1000)
-    kept = {(file.path, staged.segment) for file in staged.files}
+    kept = {(one.file.path, one.segment) for one in staged.added}
     adds = [
         AddAction(
-            file.path,
-            file.size,
-            {"segment": staged.segment, "bucket": str(file.bucket)},
+            one.file.path,
+            one.file.size,
+            {"segment": one.segment, "bucket": str(one.file.bucket)},
             now_ms,
             False,
-            file.stats,
+            one.file.stats,
         )
-        for file in staged.files
+        for one in staged.added
     ]
     removes = [
         RemoveAction(
@@ -133,20 +148,20 @@ def _commit_once(
         table.spec.delta_schema,
         ["segment", "bucket"],
         commit_properties=CommitProperties(
-            app_transactions=[Transaction(LAYOUT_ID, number)],
-            custom_metadata={f"vlm.{staged.what}": staged.segment, **metadata},
+            app_transactions=[Transaction(LAYOUT_ID, number), *also],
+            custom_metadata={f"vlm.{staged.what}": staged.where, **metadata},
         ),
     )
 
 
 def _check_in_place(table: SealedTable, staged: StagedLayout) -> None:
-    for file in staged.files:
-        size = table.storage.size(file.path)
-        if size != file.size:
-            found = "is missing" if size is None else f"has {size} bytes, not {file.size}"
+    for one in staged.added:
+        size = table.storage.size(one.file.path)
+        if size != one.file.size:
+            found = "is missing" if size is None else f"has {size} bytes, not {one.file.size}"
             raise CorruptFileError(
                 table=table.uri,
-                path=file.path,
+                path=one.file.path,
                 version=None,
-                problem=f"{found}, so the {staged.what} of {staged.segment} was not committed",
+                problem=f"{found}, so the {staged.what} of {staged.where} was not committed",
             )
