@@ -122,7 +122,15 @@ def floor(store: HistoryStore, pointers: PointerDataset, length: int) -> float:
     snapshot = pointers.snapshot()
     projections = {"events": Projection(TRAITS, max_length=length)}
     histories = {"events": store.snapshot()}
-    plan = make_plan(snapshot, projections, examples_per_unit=4096, events_per_unit=2_000_000)
+    plan = make_plan(
+        snapshot,
+        histories,
+        projections,
+        examples_per_unit=4096,
+        events_per_unit=2_000_000,
+        verify=False,
+        drop_gone=False,
+    )
     start = time.perf_counter()
     for unit in plan.units:
         data = materialize(

@@ -34,6 +34,7 @@ ONE_OF_EACH = [
     ),
     errors.ChecksumError(group="ratings", user_id="ü", end_position=5, num_bad=2),
     errors.StorageError("/t", "writing x", OSError(errno.ENOSPC, "No space left on device")),
+    errors.GoneError(group="ratings", user_id=7, end_position=5, num_gone=2),
     errors.CheckpointError("/c", "is damaged", "Take another."),
     errors.TrainingError("the loss is not finite", "Lower the rate.", step=4),
 ]

@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "ChecksumError",
     "CorruptFileError",
+    "GoneError",
     "InvalidEventsError",
     "InvalidRequestsError",
     "PinError",
@@ -120,8 +121,9 @@ class WindowSealedError(VlmError):
             f"window {window!r} of {table} is sealed with digest {sealed}, but the content offered "
             f"now has digest {offered}. A sealed window never changes, so nothing was written. "
             f"To keep what is sealed, do nothing. To see what it holds, run "
-            f"`vlm-dagster inspect {table} --window {window}`. To use the new content, seal it "
-            f"into a new table and point the pipeline there."
+            f"`vlm-dagster inspect {table} --window {window}`. If what is sealed is wrong, correct it "
+            f"explicitly (`vlm-dagster correct {table} {window} FILE --reason ...`): that makes a "
+            f"new revision, and old pins keep replaying the old one."
         )
         self.table = table
         self.window = window
@@ -191,6 +193,21 @@ class ChecksumError(VlmError):
         )
         self.group = group
         self.user_id = user_id
+
+
+class GoneError(VlmError):
+    """Examples point at events that were erased, or dropped by age."""
+
+    def __init__(self, *, group: str, user_id: object, end_position: int, num_gone: int) -> None:
+        super().__init__(
+            f"{num_gone:,} examples point at events of feature group {group!r} that were erased, or "
+            f"dropped by age; the first is of user {user_id!r}, end position {end_position}. A "
+            f"history is never shortened silently: pass gone='drop' to leave such examples out, "
+            f"counted, or build the pointers anew."
+        )
+        self.group = group
+        self.user_id = user_id
+        self.num_gone = num_gone
 
 
 class StorageError(VlmError, OSError):

@@ -53,7 +53,16 @@ def estimate_fat_rows(
     copied = int(pc.sum(lengths).as_py() or 0)
     traits = ["event_id", "event_time", *(t.name for t in history.group.traits)]
     projections = {group: Projection(traits)}
-    plan = make_plan(pointers, projections, examples_per_unit=512, events_per_unit=500_000)
+    histories = {group: history}
+    plan = make_plan(
+        pointers,
+        histories,
+        projections,
+        examples_per_unit=512,
+        events_per_unit=500_000,
+        verify=False,
+        drop_gone=True,
+    )
     count = max(1, max_examples // 512)
     step = max(1, len(plan.units) // count)
     by_time = by_user = sampled = sampled_events = 0
@@ -62,7 +71,7 @@ def estimate_fat_rows(
         users = plan.users_of(unit)
         data = materialize(
             pointers,
-            {group: history},
+            histories,
             projections,
             unit.bucket,
             users,

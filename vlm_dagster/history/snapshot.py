@@ -20,7 +20,7 @@ from vlm_dagster.history.arena import BucketIndex, Histories
 from vlm_dagster.schema import FeatureGroup, Projection
 from vlm_dagster.sealed import SealedTable, SealedWindow, TableState, VerifyReport
 from vlm_dagster.sealed.gathering import gather
-from vlm_dagster.sealed.gone import Removal
+from vlm_dagster.sealed.gone import GoneRows, Removal
 from vlm_dagster.sealed.incoming import widens
 from vlm_dagster.sealed.reader import SegmentReader
 from vlm_dagster.sealed.segments import Segment
@@ -308,9 +308,13 @@ class Snapshot:
         user_ids: pa.Array,
         cut: Mapping[int, I64] = MappingProxyType({}),
     ) -> BucketIndex:
-        gone = self._table.gone_counts(self._state.gone, user_ids)
+        gone = self.gone_of(user_ids).counts
         schema, aliases = self.group.event_schema, self.group.aliases
         return BucketIndex(readers, user_ids, schema, aliases, gone=gone, cut=cut)
+
+    def gone_of(self, user_ids: pa.Array) -> GoneRows:
+        """What of these users' histories was sealed and has left since."""
+        return self._table.gone_of(self._state.gone, user_ids)
 
     def _events_before_watermark(self, reader: SegmentReader, user_ids: pa.Array) -> I64:
         """[U] how many of each user's events in a file lie before the watermark: the oldest ones."""

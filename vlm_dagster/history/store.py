@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from vlm_dagster.engines import Engine
-from vlm_dagster.errors import PinError
+from vlm_dagster.errors import PinError, SchemaError
 from vlm_dagster.history.compaction import CompactionReport, Merge, compact
+from vlm_dagster.history.correction import check_correctable, commit_correction
+from vlm_dagster.history.dropping import DropReport, drop_before
 from vlm_dagster.history.snapshot import Snapshot, SnapshotRef
 from vlm_dagster.history.validate import validated_events
 from vlm_dagster.schema import FeatureGroup
@@ -117,19 +119,61 @@ class HistoryStore(WindowedTable):
         """The first half of `seal`: check, sort and write files that nobody sees yet."""
         state = self._table.state()
         checked = self._table.check_window(window, state)
-        schema = self.group.stored_schema
-        rows = validated_events(self.group, self.grid, checked, self.num_buckets, events, progress)
+        return self._stage(checked, state, events, progress, again=False)
+
+    def _stage(
+        self,
+        window: Window,
+        state: TableState,
+        events: Rows,
+        progress: Progress | None,
+        *,
+        again: bool,
+    ) -> StagedWindow:
+        rows = validated_events(self.group, self.grid, window, self.num_buckets, events, progress)
         duplicates = DuplicateFilter("event_id", self.group.duplicates)
         return self._table.stage(
-            checked,
+            window,
             state,
             rows,
-            schema,
+            self.group.stored_schema,
             engine=self._engine,
             finish=duplicates,
             facts={},
             counts=lambda: {"num_duplicates": duplicates.num_duplicates},
+            again=again,
         )
+
+    def correct(
+        self,
+        window: str | Window,
+        events: Rows,
+        *,
+        reason: str,
+        name: str | None = None,
+        progress: Progress | None = None,
+    ) -> Sealed:
+        """Replace the content of a sealed window, all of it: its next revision.
+
+        Pins and pointers from before keep replaying the old revision, until it is retired. The
+        same content as now changes nothing and says `reused`.
+
+        Args:
+            events: all events of the window, as for `seal`.
+            reason: why; recorded.
+            name: of the revision, recorded; KEY@REVISION by default.
+
+        Raises:
+            WindowError: it is not sealed, was dropped, or was corrected by somebody else meanwhile.
+            SchemaError, InvalidEventsError: the events do not fit; nothing was written.
+        """
+        if not reason.strip():
+            raise SchemaError("a correction without a reason", "Say why the window is replaced.")
+        state = self._table.state()
+        checked = self._table.check_window(window, state)
+        before = check_correctable(self._table, state, checked)
+        staged = self._stage(checked, state, events, progress, again=True)
+        return commit_correction(self._table, staged, before, reason, name)
 
     # -- layout -------------------------------------------------------------------------------
 
@@ -163,6 +207,21 @@ class HistoryStore(WindowedTable):
             dry_run=dry_run,
             progress=progress,
         )
+
+    def drop_before(
+        self, window: str | Window, *, reason: str = "", dry_run: bool = False
+    ) -> DropReport:
+        """Drop the events before a window by age, as whole segments.
+
+        Positions of all later events stay what they were. Pointers that reach into what is gone
+        are never shortened: a loader fails on them or drops and counts them, as it was told. The
+        files stay until the versions that name them are collected (`vlm-dagster gc`).
+
+        Args:
+            window: the first one to keep. Where a segment holds windows of both sides, it stays.
+            dry_run: only say what would go.
+        """
+        return drop_before(self._table, self.grid.parse(window), reason, dry_run=dry_run)
 
     # -- versions -----------------------------------------------------------------------------
 

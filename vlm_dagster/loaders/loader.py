@@ -51,6 +51,7 @@ class SequenceLoader:
         shuffle: bool = True,
         uneven: Literal["keep", "drop", "repeat"] = "keep",
         verify: Literal["always", "off"] = "always",
+        gone: Literal["fail", "drop"] = "fail",
         num_workers: int = 2,
         prefetch: int = 2,
         pin_memory: bool = False,
@@ -71,6 +72,8 @@ class SequenceLoader:
             uneven: what happens when ranks have different numbers of batches: "keep" them (every
                 example exactly once), "drop" the surplus, or "repeat" a rank's first ones.
             verify: recompute each pointer's checksum while reading, or not.
+            gone: what happens where examples point at events that were erased, or dropped by age:
+                "fail" at once, or "drop" these examples and count them in `num_dropped`.
             num_workers: threads that read and decode.
             prefetch: batches ready ahead.
             pin_memory: page-lock batches, for transfers to a GPU.
@@ -83,6 +86,7 @@ class SequenceLoader:
         Raises:
             SchemaError: an option or a projection does not fit.
             TableError, PinError: what is pinned is gone or has changed.
+            GoneError: events that were pointed at are gone, and `gone` is "fail".
         """
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -105,6 +109,8 @@ class SequenceLoader:
             raise SchemaError(f"uneven={uneven!r}", "Use 'keep', 'drop' or 'repeat'.")
         if verify not in ("always", "off"):
             raise SchemaError(f"verify={verify!r}", "Use 'always' or 'off'.")
+        if gone not in ("fail", "drop"):
+            raise SchemaError(f"gone={gone!r}", "Use 'fail' or 'drop'.")
         self._pointers = (
             pointers.open(storage_options) if isinstance(pointers, PointerRef) else pointers
         )
@@ -129,9 +135,12 @@ class SequenceLoader:
         self._unit_limits = (examples_per_unit, events_per_unit)
         self._plan = make_plan(
             self._pointers,
+            self._histories,
             self._projections,
             examples_per_unit=examples_per_unit,
             events_per_unit=events_per_unit,
+            verify=self._verify,
+            drop_gone=gone == "drop",
         )
         self.epoch = 0
         self._num_done = 0
@@ -149,6 +158,11 @@ class SequenceLoader:
     def num_examples(self) -> int:
         """The examples of an epoch, of all ranks together."""
         return self._plan.num_examples
+
+    @property
+    def num_dropped(self) -> int:
+        """The examples of an epoch that are left out, because events they point at are gone."""
+        return self._plan.num_gone
 
     @property
     def histories(self) -> dict[str, SnapshotRef]:
@@ -256,6 +270,8 @@ class SequenceLoader:
         """A digest of all that decides which batches come: pins, projections, options."""
         facts = {
             "pointers": self._pointers.digest,
+            # Less where users were erased, or events dropped, since the pointers were sealed.
+            "num_examples": self.num_examples,
             "histories": {g: s.digest for g, s in sorted(self._histories.items())},
             "projections": {g: p.to_json() for g, p in sorted(self._projections.items())},
             "batch_size": self._batch_size,

@@ -15,11 +15,13 @@ import pyarrow as pa
 from vlm_dagster.errors import ChecksumError
 from vlm_dagster.history import Snapshot
 from vlm_dagster.history.arena import BucketIndex
+from vlm_dagster.loaders.readable import readable
 from vlm_dagster.pointers import PointerSnapshot
 from vlm_dagster.pointers.spans import outer_ranges, spans
 from vlm_dagster.pointers.spec import pointer_fields
 from vlm_dagster.schema import Projection
 from vlm_dagster.sealed.gathering import gather
+from vlm_dagster.sealed.gone import GoneRows
 
 __all__ = ["Arena", "UnitData", "materialize"]
 
@@ -74,6 +76,8 @@ def materialize(
 ) -> UnitData:
     """Read the examples of some users, and the stretches of history that they point into.
 
+    Examples that cannot be rebuilt, because events are gone, are left out; the plan knows how many.
+
     Args:
         histories: one snapshot a group, in which all of the pointers hold.
         projections: what to read of each group.
@@ -96,13 +100,27 @@ def materialize(
         list(dict.fromkeys([*columns, *needed])), np.zeros_like(num_examples), num_examples
     )
     rank = np.repeat(np.arange(len(user_ids)), num_examples)
-    arenas = {}
+    pointer = {
+        group: {part: np.asarray(read.columns[names[part]]) for part in parts}
+        for group, names in fields.items()
+    }
+    gone = {group: histories[group].gone_of(user_ids) for group in projections}
+    keep = np.ones(len(rank), bool)
     for group, projection in projections.items():
-        pointer = {
-            part: read.columns[fields[group][part]].to_numpy(zero_copy_only=False) for part in parts
-        }
-        arenas[group] = _arena(histories[group], projection, user_ids, rank, pointer, verify)
-    return UnitData({name: read.columns[name] for name in columns}, arenas)
+        end, length = pointer[group]["end_position"], pointer[group]["length"]
+        keep &= readable(gone[group], rank, end, length, projection.max_length, verify=verify)
+    examples = {name: read.columns[name] for name in columns}
+    if not keep.all():
+        rank = rank[keep]
+        pointer = {g: {part: v[keep] for part, v in found.items()} for g, found in pointer.items()}
+        examples = {name: column.filter(pa.array(keep)) for name, column in examples.items()}
+    arenas = {
+        group: _arena(
+            histories[group], projection, user_ids, rank, pointer[group], gone[group], verify
+        )
+        for group, projection in projections.items()
+    }
+    return UnitData(examples, arenas)
 
 
 def _arena(
@@ -111,28 +129,40 @@ def _arena(
     user_ids: pa.Array,
     rank: I64,
     pointer: Mapping[str, I64],
+    gone: GoneRows,
     verify: bool,
 ) -> Arena:
     end, length = pointer["end_position"], pointer["length"]
     num_users = len(user_ids)
     index = snapshot.index_through(user_ids, outer_ranges(num_users, rank, end, end)[1])
     if verify:
-        _check(snapshot, index, rank, pointer)
+        _check(snapshot, index, rank, pointer, gone)
     if projection.max_length is not None:
         length = np.minimum(length, projection.max_length)
     first, last = outer_ranges(num_users, rank, end - length, end)
+    # Empty pointers may lie among what is gone; all others lie past it (readable.py).
+    first, last = np.maximum(first, index.gone), np.maximum(last, index.gone)
     read = index.read(projection.columns(snapshot.group), first, last)
     base = (read.offsets[:-1] - first)[rank]
-    return Arena(read.columns, base + end - length, length)
+    return Arena(read.columns, np.where(length > 0, base + end - length, 0), length)
 
 
-def _check(snapshot: Snapshot, index: BucketIndex, rank: I64, pointer: Mapping[str, I64]) -> None:
+def _check(
+    snapshot: Snapshot,
+    index: BucketIndex,
+    rank: I64,
+    pointer: Mapping[str, I64],
+    gone: GoneRows,
+) -> None:
     """Apart from reading what is projected: a pointer may span far more events than that."""
     bad: list[int] = []
     end, length = pointer["end_position"], pointer["length"]
-    for span in spans(index, ["event_id"], rank, end, length):
-        wrong = span.checksums() != pointer["checksum"][span.rows]
-        bad.extend(span.rows[wrong].tolist())
+    start = np.maximum(end - length, index.gone[rank])
+    # What is gone at the beginning of a whole history is known by its sum (readable.py).
+    before = np.where((length > 0) & (end - length < start), gone.checksums[rank], 0)
+    for span in spans(index, ["event_id"], rank, end, np.maximum(end - start, 0) * (length > 0)):
+        sums = span.checksums() + before[span.rows].view(np.int64)
+        bad.extend(span.rows[sums != pointer["checksum"][span.rows]].tolist())
     bad.extend(np.flatnonzero((length == 0) & (pointer["checksum"] != 0)).tolist())
     if bad:
         row = min(bad)

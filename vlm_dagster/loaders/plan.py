@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from vlm_dagster.history import Snapshot
+from vlm_dagster.loaders.readable import missing_examples
 from vlm_dagster.pointers import PointerSnapshot
 from vlm_dagster.schema import Projection
 
@@ -48,10 +50,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """All units of the pinned examples, in file order, and the users of each bucket."""
+    """All units of the pinned examples, in file order, and the users of each bucket.
+
+    Attributes:
+        num_gone: examples left out, because events that they point at are gone.
+    """
 
     units: tuple[Unit, ...]
     users: Mapping[int, pa.Array]
+    num_gone: int = 0
 
     @property
     def num_examples(self) -> int:
@@ -88,17 +95,28 @@ class Plan:
 
 def make_plan(
     pointers: PointerSnapshot,
+    histories: Mapping[str, Snapshot],
     projections: Mapping[str, Projection],
     *,
     examples_per_unit: int,
     events_per_unit: int,
+    verify: bool,
+    drop_gone: bool,
 ) -> Plan:
     """Cut the users of every bucket into units of bounded size.
 
     A unit holds at most `examples_per_unit` examples and `events_per_unit` events of any one group,
     or a single user.
+
+    Args:
+        verify: whether checksums will be verified, which needs all that a pointer spans.
+        drop_gone: leave examples out whose events are gone.
+
+    Raises:
+        GoneError: there are such examples, and they are not to be left out.
     """
     units: list[Unit] = []
+    num_gone = 0
     users: dict[int, pa.Array] = {}
     for bucket in range(pointers.num_buckets):
         found = pointers.users_of_bucket(bucket)
@@ -107,6 +125,12 @@ def make_plan(
         users[bucket] = found
         index = pointers.bucket_index(bucket, found)
         num_examples = index.num_events
+        missing = missing_examples(pointers, histories, projections, bucket, found, verify=verify)
+        if missing is not None:
+            if not drop_gone:
+                raise missing.error
+            num_examples = num_examples - missing.num_examples
+            num_gone += int(missing.num_examples.sum())
         num_events = np.zeros(len(found), np.int64)
         for group, projection in projections.items():
             first = index.extreme(f"{group}_first", "min")
@@ -116,7 +140,7 @@ def make_plan(
             span = index.extreme(f"{group}_high", "max") - first
             num_events = np.maximum(num_events, span)
         units.extend(_cut(bucket, num_examples, num_events, examples_per_unit, events_per_unit))
-    return Plan(tuple(units), users)
+    return Plan(tuple(units), users, num_gone)
 
 
 def _cut(

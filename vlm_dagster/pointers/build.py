@@ -69,9 +69,9 @@ class PointerBuilder:
         known = np.zeros(len(users), bool)
         for group in self._spec.groups:
             end = self._end_positions(recent[group], rank, times)
-            length = (
-                end if self._spec.max_length is None else np.minimum(end, self._spec.max_length)
-            )
+            length = end - indices[group].gone[rank]
+            if self._spec.max_length is not None:
+                length = np.minimum(length, self._spec.max_length)
             parts = _measure(indices[group], rank, end, length, times)
             for part, name in pointer_fields(group).items():
                 values = pa.array(parts[part])

@@ -247,7 +247,7 @@ class PointerDataset(WindowedTable):
                         "Seal it, or leave it out.",
                     )
             chosen = [state.sealed[window.index] for window in wanted]
-        return PointerSnapshot(self._table, self.spec, state.version, chosen)
+        return PointerSnapshot(self._table, self.spec, state, chosen)
 
     def ref(self, windows: Sequence[str] | None = None, version: int | None = None) -> PointerRef:
         """A pin of some windows at a version; see `snapshot`."""

@@ -14,7 +14,7 @@ from vlm_dagster.errors import PinError, WindowError
 from vlm_dagster.history.arena import BucketIndex
 from vlm_dagster.history.snapshot import SnapshotRef, prefix_digest
 from vlm_dagster.pointers.spec import PointerSpec
-from vlm_dagster.sealed import SealedTable, SealedWindow, VerifyReport
+from vlm_dagster.sealed import SealedTable, SealedWindow, TableState, VerifyReport
 from vlm_dagster.sealed.verify import verify
 from vlm_dagster.storage import redact
 
@@ -99,11 +99,12 @@ class PointerSnapshot:
     """Some windows of a pointer dataset at one version: what an epoch of training goes over."""
 
     def __init__(
-        self, table: SealedTable, spec: PointerSpec, version: int, windows: list[SealedWindow]
+        self, table: SealedTable, spec: PointerSpec, state: TableState, windows: list[SealedWindow]
     ) -> None:
         self._table = table
+        self._state = state
         self.spec = spec
-        self.version = version
+        self.version = state.version
         self.windows = windows
         self._segments = [sealed.window.segment for sealed in windows]
 
@@ -117,7 +118,7 @@ class PointerSnapshot:
 
     @property
     def num_examples(self) -> int:
-        return sum(sealed.num_rows for sealed in self.windows)
+        return sum(self._state.left(sealed.window.index).num_rows for sealed in self.windows)
 
     @cached_property
     def digest(self) -> str:

@@ -73,6 +73,7 @@ def spans(
         end, length: [P] the pointers.
     """
     first, last = outer_ranges(len(index.user_ids), rank, end - length, end)
+    first, last = np.maximum(first, index.gone), np.maximum(last, index.gone)
     for low, high in _portions(last - first):
         rows = np.flatnonzero((rank >= low) & (rank < high) & (length > 0))
         if not len(rows):

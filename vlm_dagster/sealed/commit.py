@@ -7,14 +7,21 @@ exactly one through; the others find the window sealed and compare digests.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction
 
-from vlm_dagster.errors import CorruptFileError, StorageError, TableError, WindowSealedError
-from vlm_dagster.sealed.log import START_ID, SealedWindow, TableState, facts_id, lock_id
+from vlm_dagster.errors import (
+    CorruptFileError,
+    InvalidEventsError,
+    StorageError,
+    TableError,
+    WindowSealedError,
+)
+from vlm_dagster.sealed.log import START_ID, TableState, facts_id, lock_id
 from vlm_dagster.sealed.staging import StagedWindow
 from vlm_dagster.sealed.table import SealedTable
 from vlm_dagster.windows import Window
@@ -32,6 +39,7 @@ class Sealed:
         version: the Delta version that sealed the window (an earlier one if it was reused).
         digest: the digest of the window's content.
         reused: the window was sealed already, with the same content; nothing was changed.
+        revision: 1, unless the window was corrected.
         num_duplicates: rows dropped as duplicates under the declared policy.
         num_bytes: of the files written now; 0 if reused.
     """
@@ -44,6 +52,22 @@ class Sealed:
     num_duplicates: int
     num_bytes: int
     reused: bool
+    revision: int = 1
+
+    @classmethod
+    def of(cls, staged: StagedWindow, version: int, *, reused: bool, revision: int = 1) -> Sealed:
+        """The outcome for a window that was staged."""
+        return cls(
+            window=staged.window,
+            version=version,
+            digest=staged.digest,
+            num_events=staged.num_rows,
+            num_users=staged.num_users,
+            num_duplicates=staged.num_duplicates,
+            num_bytes=0 if reused else staged.num_bytes,
+            reused=reused,
+            revision=revision,
+        )
 
 
 def commit_window(table: SealedTable, staged: StagedWindow) -> Sealed:
@@ -66,7 +90,7 @@ def commit_window(table: SealedTable, staged: StagedWindow) -> Sealed:
         handle = table.handle()
         state = table.state_of(handle)
         if window.index in state.sealed:
-            return _reuse(table, staged, state.sealed[window.index])
+            return _reuse(table, staged, state)
         table.check_window(window, state)
         if staged.already_sealed:
             raise TableError(
@@ -75,6 +99,7 @@ def commit_window(table: SealedTable, staged: StagedWindow) -> Sealed:
                 "Stage it again.",
             )
         _check_in_place(table, staged)
+        check_not_erased(table, staged, state)
         try:
             _commit_once(table, handle, staged, state)
         except CommitFailedError as error:
@@ -145,29 +170,40 @@ def _committed(table: SealedTable, staged: StagedWindow, base: int) -> Sealed:
     lock = lock_id(staged.window)
     for version, transactions in table.log.commits_after(base):
         if lock in transactions:
-            return _sealed(staged, version, staged.digest, reused=False)
+            return Sealed.of(staged, version, reused=False)
     raise AssertionError(f"{table.uri}: the commit of {lock} is not in the log")
 
 
-def _reuse(table: SealedTable, staged: StagedWindow, found: SealedWindow) -> Sealed:
-    if found.digest != staged.digest:
+def _reuse(table: SealedTable, staged: StagedWindow, state: TableState) -> Sealed:
+    found = state.sealed[staged.window.index]
+    # Without the users who were erased since, it is still the same window.
+    if staged.digest not in (found.digest, str(state.left(staged.window.index))):
         raise WindowSealedError(
             table=table.uri,
             window=found.window.key,
             sealed=found.digest,
             offered=staged.digest,
         )
-    return _sealed(staged, table.versions.sealing(found.window), found.digest, reused=True)
+    version = table.versions.sealing(found.window)
+    same = replace(staged, digest=found.digest)
+    return Sealed.of(same, version, reused=True, revision=found.revision)
 
 
-def _sealed(staged: StagedWindow, version: int, digest: str, reused: bool) -> Sealed:
-    return Sealed(
-        window=staged.window,
-        version=version,
-        digest=digest,
-        num_events=staged.num_rows,
-        num_users=staged.num_users,
-        num_duplicates=staged.num_duplicates,
-        num_bytes=0 if reused else staged.num_bytes,
-        reused=reused,
-    )
+def check_not_erased(table: SealedTable, staged: StagedWindow, state: TableState) -> None:
+    """InvalidEventsError if a window from before an erasure brings erased users back. Looked up
+    at the commit, since they may have been erased after it was staged."""
+    if not any(one.kind == "erasure" for one in state.gone.removals):
+        return
+    back: list[object] = []
+    for file in staged.files:
+        users = table.reader([file.path]).users.user_ids
+        erased = table.gone_of(state.gone, users).erased_through >= staged.window.index
+        back += users.filter(pa.array(erased)).to_pylist()
+    if back:
+        raise InvalidEventsError(
+            f"{len(back)} users of window {staged.window.key} were erased from {table.uri}",
+            row=None,
+            column="user_id",
+            value=back[0],
+            way_out="Remove their rows at the source (the first is shown), then seal it again.",
+        )

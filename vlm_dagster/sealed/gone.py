@@ -31,10 +31,11 @@ from vlm_dagster.hashing import Digest, id_words, mix64
 from vlm_dagster.sealed.sidecar import put_sidecar, read_sidecar
 from vlm_dagster.storage import Storage
 
-__all__ = ["Gone", "GoneUsers", "Removal", "read_gone", "user_words"]
+__all__ = ["Gone", "GoneRows", "GoneUsers", "Removal", "read_gone", "user_words"]
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
+Bools = npt.NDArray[np.bool_]
 
 GONE_ID = "vlm.gone"
 _FOLDER = "_gone"
@@ -158,87 +159,119 @@ class GoneUsers:
     """The users of one bucket with events gone.
 
     Attributes:
-        user_ids, counts: [D] of dropped windows: ascending ids, and how many events of each.
+        user_ids, counts, checksums: [D] of dropped windows: ascending ids, how many events of each,
+            and the sum of their words (`hashing.event_words`), so that a pointer which begins among
+            them at position 0 can still be verified.
         words, word_counts, through: [E] of erased users: ascending words, how many events of each,
             and the index of the last window that was sealed when they were erased.
     """
 
     user_ids: pa.Array
     counts: I64
+    checksums: U64
     words: U64
     word_counts: I64
     through: I64
 
     @classmethod
     def none(cls, user_id: pa.DataType) -> GoneUsers:
-        empty = np.zeros(0, np.int64)
-        return cls(pa.array([], user_id), empty, np.zeros(0, np.uint64), empty, empty)
+        none, no_words = np.zeros(0, np.int64), np.zeros(0, np.uint64)
+        return cls(pa.array([], user_id), none, no_words, no_words, none, none)
 
     def counts_of(self, user_ids: pa.Array, salt: int) -> I64:
         """[U] how many of each user's oldest events are gone."""
-        return self._dropped(user_ids) + self._erased(user_ids, salt, self.word_counts, 0)
+        counts = np.zeros(len(user_ids), np.int64)
+        known, at = self._dropped(user_ids)
+        counts[known] = self.counts[at]
+        known, at = self._erased(user_ids, salt)
+        counts[known] += self.word_counts[at]
+        return counts
+
+    def checksums_of(self, user_ids: pa.Array, salt: int) -> tuple[U64, Bools]:
+        """[U] the sum of the words of each user's events that are gone, and whether it is known:
+        it is not where some of them were erased."""
+        sums = np.zeros(len(user_ids), np.uint64)
+        known, at = self._dropped(user_ids)
+        sums[known] = self.checksums[at]
+        erased, at = self._erased(user_ids, salt)
+        certain = np.ones(len(user_ids), bool)
+        certain[erased] = self.word_counts[at] == 0
+        return sums, certain
 
     def erased_through(self, user_ids: pa.Array, salt: int) -> I64:
         """[U] the index of the last window that a user's erasure covers; -1 if not erased."""
-        return self._erased(user_ids, salt, self.through, -1)
+        found = np.full(len(user_ids), -1, np.int64)
+        known, at = self._erased(user_ids, salt)
+        found[known] = self.through[at]
+        return found
 
-    def _dropped(self, user_ids: pa.Array) -> I64:
+    def _dropped(self, user_ids: pa.Array) -> tuple[Bools, I64]:
+        """[U] who has dropped events, and where each of them stands."""
         at = pc.index_in(user_ids, value_set=self.user_ids)
-        known = at.is_valid().to_numpy(zero_copy_only=False)
-        found = np.zeros(len(user_ids), np.int64)
-        found[known] = self.counts[at.drop_null().to_numpy()]
-        return found
+        return np.asarray(at.is_valid()), np.asarray(at.drop_null(), np.int64)
 
-    def _erased(self, user_ids: pa.Array, salt: int, values: I64, blank: int) -> I64:
-        found = np.full(len(user_ids), blank, np.int64)
-        if len(self.words) and len(user_ids):
-            words = user_words(user_ids, salt)
-            at = np.minimum(np.searchsorted(self.words, words), len(self.words) - 1)
-            known = self.words[at] == words
-            found[known] = values[at[known]]
-        return found
+    def _erased(self, user_ids: pa.Array, salt: int) -> tuple[Bools, I64]:
+        if not len(self.words) or not len(user_ids):
+            return np.zeros(len(user_ids), bool), np.zeros(0, np.int64)
+        words = user_words(user_ids, salt)
+        at = np.minimum(np.searchsorted(self.words, words), len(self.words) - 1)
+        known = self.words[at] == words
+        return known, at[known]
 
-    def dropping(self, user_ids: pa.Array, counts: I64) -> GoneUsers:
-        """With more events of some users dropped. An erased user who came back, and whose new events
-        are dropped, stands among both."""
-        both = pa.table(
-            {
-                "user_id": pa.concat_arrays([self.user_ids, user_ids]),
-                "count": np.concatenate([self.counts, counts]),
-            }
-        )
-        summed = both.group_by("user_id").aggregate([("count", "sum")]).sort_by("user_id")
-        ids = _whole(summed["user_id"])
-        return replace(self, user_ids=ids, counts=np.asarray(_whole(summed["count_sum"])))
+    def dropping(self, user_ids: pa.Array, counts: I64, checksums: U64) -> GoneUsers:
+        """With more events of some users (distinct) dropped. An erased user who came back, and
+        whose new events are dropped, stands among both."""
+        ids = pa.concat_arrays([self.user_ids, user_ids]).unique().sort()
+        total = np.zeros(len(ids), np.int64)
+        sums = np.zeros(len(ids), np.uint64)
+        for some, num, words in (
+            (self.user_ids, self.counts, self.checksums),
+            (user_ids, counts, checksums),
+        ):
+            at = np.asarray(pc.index_in(some, value_set=ids), np.int64)
+            total[at] += num
+            sums[at] += words
+        return replace(self, user_ids=ids, counts=total, checksums=sums)
 
     def erasing(self, user_ids: pa.Array, counts: I64, salt: int, through: int) -> GoneUsers:
         """With events of some users erased; what was dropped of them is kept under their words."""
+        known, at = self._dropped(user_ids)
+        counts = counts.copy()
+        counts[known] += self.counts[at]
         words = np.concatenate([self.words, user_words(user_ids, salt)])
-        sums = np.concatenate([self.word_counts, counts + self._dropped(user_ids)])
-        last = np.concatenate([self.through, np.full(len(user_ids), through, np.int64)])
         distinct, where = np.unique(words, return_inverse=True)
         total = np.zeros(len(distinct), np.int64)
-        np.add.at(total, where, sums)
+        np.add.at(total, where, np.concatenate([self.word_counts, counts]))
         newest = np.full(len(distinct), -1, np.int64)
+        last = np.concatenate([self.through, np.full(len(user_ids), through, np.int64)])
         np.maximum.at(newest, where, last)
         stay = pc.invert(pc.is_in(self.user_ids, value_set=user_ids))
-        left, counts_left = self.user_ids.filter(stay), self.counts[np.asarray(stay)]
-        return GoneUsers(left, counts_left, distinct, total, newest)
+        mask = np.asarray(stay)
+        return GoneUsers(
+            self.user_ids.filter(stay),
+            self.counts[mask],
+            self.checksums[mask],
+            distinct,
+            total,
+            newest,
+        )
 
     def write(self, storage: Storage) -> str:
         """Put it in place; returns the sidecar's path."""
         num_dropped, num_erased = len(self.user_ids), len(self.words)
-        blank = np.full(num_dropped, -1, np.int64)
+
+        def both(dropped: pa.Array | I64 | U64, erased: pa.Array | I64 | U64) -> pa.Array:
+            dropped, erased = pa.array(dropped), pa.array(erased)
+            kind = dropped.type if pa.types.is_null(erased.type) else erased.type
+            return pa.concat_arrays([dropped.cast(kind), erased.cast(kind)])
+
         batch = pa.record_batch(
             {
-                "user_id": pa.concat_arrays(
-                    [self.user_ids, pa.nulls(num_erased, self.user_ids.type)]
-                ),
-                "word": pa.concat_arrays(
-                    [pa.nulls(num_dropped, pa.uint64()), pa.array(self.words)]
-                ),
-                "count": np.concatenate([self.counts, self.word_counts]),
-                "through": np.concatenate([blank, self.through]),
+                "user_id": both(self.user_ids, pa.nulls(num_erased)),
+                "word": both(pa.nulls(num_dropped), self.words),
+                "count": both(self.counts, self.word_counts),
+                "checksum": both(self.checksums, pa.nulls(num_erased)),
+                "through": both(pa.nulls(num_dropped), self.through),
             }
         )
         sink = pa.BufferOutputStream()
@@ -256,10 +289,43 @@ class GoneUsers:
         return cls(
             _whole(dropped["user_id"]),
             np.asarray(_whole(dropped["count"])),
+            np.asarray(_whole(dropped["checksum"])),
             np.asarray(_whole(erased["word"])),
             np.asarray(_whole(erased["count"])),
             np.asarray(_whole(erased["through"])),
         )
+
+
+@dataclass(frozen=True)
+class GoneRows:
+    """What is gone of the rows of U users.
+
+    Attributes:
+        counts: [U] how many of each user's oldest rows.
+        checksums: [U] the sum of their words, where `certain`.
+        certain: [U] whether that sum is known.
+        erased_through: [U] the index of the last window that the user's erasure covers, or -1.
+    """
+
+    counts: I64
+    checksums: U64
+    certain: Bools
+    erased_through: I64
+
+    @classmethod
+    def none(cls, num_users: int) -> GoneRows:
+        return cls(
+            np.zeros(num_users, np.int64),
+            np.zeros(num_users, np.uint64),
+            np.ones(num_users, bool),
+            np.full(num_users, -1, np.int64),
+        )
+
+    def fill(self, places: Bools, users: GoneUsers, user_ids: pa.Array, salt: int) -> None:
+        """Set what is known of the users of one bucket, who stand at `places`."""
+        self.counts[places] = users.counts_of(user_ids, salt)
+        self.checksums[places], self.certain[places] = users.checksums_of(user_ids, salt)
+        self.erased_through[places] = users.erased_through(user_ids, salt)
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from deltalake import DeltaTable
 
@@ -19,7 +18,7 @@ from vlm_dagster.engines import Engine
 from vlm_dagster.errors import StorageError, TableError, WindowError
 from vlm_dagster.hashing import bucket_of
 from vlm_dagster.sealed.foreign import ForeignReader
-from vlm_dagster.sealed.gone import Gone, GoneUsers
+from vlm_dagster.sealed.gone import Gone, GoneRows, GoneUsers
 from vlm_dagster.sealed.log import LogReader, TableState
 from vlm_dagster.sealed.opening import create_delta, open_delta, plain, read_declaration
 from vlm_dagster.sealed.reader import NoIndexError, SegmentReader
@@ -32,8 +31,6 @@ from vlm_dagster.storage import normalize_uri, open_storage
 from vlm_dagster.windows import Window
 
 __all__ = ["SealedTable"]
-
-I64 = npt.NDArray[np.int64]
 
 _READER_CACHE_BYTES = 256 << 20
 
@@ -147,6 +144,7 @@ class SealedTable:
         finish: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]],
         facts: dict[str, Any],
         counts: Callable[[], dict[str, int]],
+        again: bool = False,
     ) -> StagedWindow:
         """Sort rows into files and put these in place, uncommitted.
 
@@ -158,8 +156,9 @@ class SealedTable:
                 `bucket`, in the table's order.
             facts: what to record beside the digest.
             counts: asked at the end for what was counted on the way, e.g. {"num_duplicates": 3}.
+            again: write files even if the window is sealed, to correct it.
         """
-        dry = window.index in state.sealed
+        dry = window.index in state.sealed and not again
         incoming = pa.schema([*schema, pa.field("bucket", pa.int32()), pa.field("row", pa.int64())])
         by = ["bucket", *(c for c in self.spec.sort_columns if c in schema.names), "row"]
         with self.storage.scratch() as scratch:
@@ -245,17 +244,15 @@ class SealedTable:
                 "Pin a version before that.",
             )
 
-    def gone_counts(self, gone: Gone, user_ids: pa.Array) -> I64:
-        """[U] how many of each user's oldest rows are gone."""
-        found = np.zeros(len(user_ids), np.int64)
-        if not gone.buckets:
-            return found
-        buckets = bucket_of(user_ids, self.spec.num_buckets)
-        for bucket in np.unique(buckets).tolist():
-            if bucket in gone.buckets:
+    def gone_of(self, gone: Gone, user_ids: pa.Array) -> GoneRows:
+        """What is gone of each user's rows."""
+        found = GoneRows.none(len(user_ids))
+        if gone.buckets:
+            buckets = bucket_of(user_ids, self.spec.num_buckets)
+            for bucket in np.unique(buckets).tolist():
                 mine = buckets == bucket
-                users = self.gone_users(gone, bucket)
-                found[mine] = users.counts_of(user_ids.filter(pa.array(mine)), gone.salt)
+                users, salt = self.gone_users(gone, bucket), gone.salt
+                found.fill(mine, users, user_ids.filter(pa.array(mine)), salt)
         return found
 
     def gone_users(self, gone: Gone, bucket: int) -> GoneUsers:

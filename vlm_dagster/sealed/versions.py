@@ -28,21 +28,30 @@ class Versions:
         self._newest = newest
 
     def sealing(self, window: Window) -> int:
-        """The version that sealed a window."""
-        return self._first_version(
-            lambda state: window.index in state.sealed, f"window {window.key}", window
-        )
+        """The version that sealed a window as it is now: its present revision."""
+        now = self._newest().sealed.get(window.index)
+
+        def holds(state: TableState) -> bool:
+            found = state.sealed.get(window.index)
+            return found is not None and now is not None and found.revision >= now.revision
+
+        return self._first_version(holds, f"window {window.key}", window)
 
     def covering(self, window: Window) -> int:
         """The first version whose watermark covers a window: it, and all before it, are sealed
-        there. A fact of the log, so it never changes.
+        there as they are now. A fact of the log: only a correction changes it.
 
         Raises:
             WatermarkError: no version covers it yet.
         """
-        return self._first_version(
-            lambda state: state.covers(window), f"window {window.key}", window
-        )
+        now = [one for one in self._newest().covered if one.window.index <= window.index]
+
+        def holds(state: TableState) -> bool:
+            return state.covers(window) and all(
+                state.sealed[one.window.index].revision >= one.revision for one in now
+            )
+
+        return self._first_version(holds, f"window {window.key}", window)
 
     def all_sealing(self, windows: Collection[Window]) -> dict[str, int]:
         """`sealing` of many windows, by key, with each commit read once."""
@@ -78,13 +87,14 @@ class Versions:
         return found
 
     def _sealed_in(self) -> dict[int, int]:
-        """Window index -> the version that sealed it, as far as the commits are still there."""
-        locks = {lock_id(s.window): index for index, s in self._newest().sealed.items()}
+        """Window index -> the version that sealed its present revision, as far as the commits are
+        still there."""
+        locks = {lock_id(sealed.window): sealed for sealed in self._newest().sealed.values()}
         found: dict[int, int] = {}
         for version, transactions in self._log.commits_after(-1):
-            for app_id in transactions:
-                if app_id in locks:
-                    found.setdefault(locks[app_id], version)
+            for app_id, revision in transactions.items():
+                if app_id in locks and locks[app_id].revision == revision:
+                    found.setdefault(locks[app_id].window.index, version)
         return found
 
     def _first_version(

@@ -68,6 +68,8 @@ class TrainingConfig:
         num_workers: the loader's, per rank.
         shuffle_units: how many of the loader's units have their examples shuffled with each
             other. Few make a short run see few users; the loader's memory grows with it.
+        gone: what happens where examples point at events that were erased, or dropped by age: "fail",
+            or "drop" these examples and count them.
         device: "auto" (CUDA if there is one, else the CPU), "cpu" or "cuda".
         num_threads: CPU threads of torch per rank; None shares this machine's cores out evenly.
         vocabulary_min_count: items seen fewer times in training are unknown.
@@ -102,6 +104,7 @@ class TrainingConfig:
     seed: int = 0
     num_workers: int = 2
     shuffle_units: int = 64
+    gone: Literal["fail", "drop"] = "fail"
     device: str = "auto"
     num_threads: int | None = None
     vocabulary_min_count: int = 1
@@ -172,6 +175,8 @@ class TrainingConfig:
             raise SchemaError(
                 f"device={self.device!r} is unknown", f"Use one of {', '.join(_DEVICE_TYPES)}."
             )
+        if self.gone not in ("fail", "drop"):
+            raise SchemaError(f"gone={self.gone!r} is unknown", "Use 'fail' or 'drop'.")
         if self.eval_examples not in get_args(EvalExamples):
             raise SchemaError(
                 f"eval_examples={self.eval_examples!r} is unknown",

@@ -71,6 +71,7 @@ def open_loader(
         shuffle=shuffle,
         num_workers=config.num_workers,
         units_per_chunk=config.shuffle_units if shuffle else 1,
+        gone=config.gone,
         uneven="keep",  # every example exactly once; the training loop copes with unequal ranks
         pin_memory=world.device.type == "cuda",
     )

@@ -64,6 +64,8 @@ def _train(
         f"{world.size} x {world.device.type}"
     )
     loader = open_loader(config.train_pointers, config, world, shuffle=True)
+    if loader.num_dropped:
+        reporter.say(f"left out {loader.num_dropped:,} examples: events they point at are gone")
 
     def batches_of(epoch: int) -> Iterator[ModelInputs]:
         loader.set_epoch(epoch)
