@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Retired", "read_retired", "retire"]
 
 RETIRED_ID = "vlm.retired"
+# Carried by whoever retires versions and by whoever pins one: of two at the same instant, one looks again.
+HOLDS_ID = "vlm.holds"
 _FOLDER = "_retired"
 
 
@@ -44,8 +46,19 @@ class Retired:
     by: str = ""
     at: str = ""
 
-    def __contains__(self, version: int) -> bool:
-        return version < self.below and version not in self.keep
+    def __contains__(self, version: object) -> bool:
+        return isinstance(version, int) and version < self.below and version not in self.keep
+
+    def further(self, below: int, keep: Collection[int], by: str) -> Retired:
+        """With all versions below `below` retired too, but those to keep. What is retired stays so;
+        the very same value if that retires nothing more."""
+        limit = max(below, self.below)
+        # Asking for less than was retired before lets nothing go that is kept beyond it.
+        wanted = {*keep, *(v for v in self.keep if v >= below)}
+        kept = frozenset(v for v in wanted if v < limit and v not in self)
+        if limit == self.below and kept == self.keep:
+            return self
+        return Retired(limit, kept, by, format_us(int(time.time() * 1e6)))
 
 
 def read_retired(storage: Storage, transactions: Mapping[str, int]) -> Retired:
@@ -59,8 +72,20 @@ def read_retired(storage: Storage, transactions: Mapping[str, int]) -> Retired:
     return Retired(facts["below"], frozenset(facts["keep"]), facts["by"], facts["at"])
 
 
-def retire(table: SealedTable, below: int, keep: Collection[int], by: str) -> Retired:
+def retire(
+    table: SealedTable,
+    below: int,
+    keep: Collection[int],
+    by: str,
+    *,
+    still: Callable[[], None] = lambda: None,
+) -> Retired:
     """Retire all versions below `below` but those to keep. What is retired already stays so.
+
+    Args:
+        by: what does it, e.g. "gc".
+        still: called when the log is as it will be committed on: raises if what `keep` was made
+            from has changed. A version that is pinned after that call is found by the log.
 
     Raises:
         StorageError: the commit could not be written.
@@ -69,15 +94,12 @@ def retire(table: SealedTable, below: int, keep: Collection[int], by: str) -> Re
     def attempt() -> Retired:
         handle = table.handle()
         transactions = table.log.transactions(int(handle.version()))
+        still()
         before = read_retired(table.storage, transactions)
-        limit = max(below, before.below)
-        # Asking for less than was retired before lets nothing go that is kept beyond it.
-        wanted = {*keep, *(v for v in before.keep if v >= below)}
-        kept = frozenset(v for v in wanted if v < limit and v not in before)
-        if limit == before.below and kept == before.keep:
+        found = before.further(below, keep, by)
+        if found is before:
             return before
-        found = Retired(limit, kept, by, format_us(int(time.time() * 1e6)))
-        facts = {**asdict(found), "format": 1, "keep": sorted(kept)}
+        facts = {**asdict(found), "format": 1, "keep": sorted(found.keep)}
         data = json.dumps(facts, sort_keys=True).encode()
         name = put_sidecar(table.storage, _FOLDER, data, ".json").rpartition("/")[2]
         number = transactions.get(RETIRED_ID, 0) + 1
@@ -90,8 +112,9 @@ def retire(table: SealedTable, below: int, keep: Collection[int], by: str) -> Re
                 app_transactions=[
                     Transaction(RETIRED_ID, number),
                     Transaction(f"{RETIRED_ID}/{number}/{name}", 1),
+                    Transaction(HOLDS_ID, transactions.get(HOLDS_ID, 0) + 1),
                 ],
-                custom_metadata={"vlm.retired": f"below {limit}", "vlm.by": by},
+                custom_metadata={"vlm.retired": f"below {found.below}", "vlm.by": by},
             ),
         )
         return found
