@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from strategies import (
     event_table,
     events_of_day,
     few,
+    files_below,
     history_of,
     integer_ids,
     many_events,
@@ -26,21 +28,20 @@ from strategies import (
 )
 
 from vlm_dagster import HistoryStore, PointerDataset, Projection, SequenceLoader
-from vlm_dagster.errors import GoneError, InvalidEventsError, WindowSealedError
-from vlm_dagster.history.erasure import count_rows_of, erase_rows
-from vlm_dagster.sealed.retired import retire
+from vlm_dagster.errors import GoneError, InvalidEventsError, SchemaError, WindowSealedError
+from vlm_dagster.sealed.stripes import Stripes
+from vlm_dagster.sealed.users import decode_users
 
 EVENTS = many_events(seed=5, num_events=1_200, num_users=20)
+USERS = list(range(21))
 NAMES = ["event_id", "available_at", "item_id", "title"]
 
 
 def erase(store: HistoryStore, users: Collection[object]) -> tuple[int, int]:
     """The version afterwards, and how many rows left."""
-    ids = pa.array(sorted(set(users)), store.group.user_id)
-    version, removal = erase_rows(store._table, ids, "asked for")
-    assert removal.done
-    retire(store._table, version, [], "erasure")
-    return version, removal.num_rows
+    report = store.erase(sorted(set(users)), reason="asked for")
+    assert store.snapshot().removals[-1].done
+    return report.version, report.num_rows
 
 
 def assert_only(store: HistoryStore, events: list[dict], erased: Collection[object]) -> None:
@@ -71,13 +72,13 @@ def test_nothing_of_them_is_left_and_all_others_are_as_they_were(
     events = data.draw(event_lists(user_ids=ids))
     users = sorted({e["user_id"] for e in events})
     erased = data.draw(st.lists(st.sampled_from(users), unique=True)) if users else []
-    stranger = "nobody at all" if kind == "string" else 987_654_321
+    stranger = "nobody at all" if kind == "string" and events else 987_654_321
     with TemporaryDirectory() as folder:
         store = history_of(folder, events)
         digest = store.snapshot().digest
         if data.draw(st.booleans()):
             store.compact(fanout=2)
-        _, num_rows = erase(store, [*erased, *([stranger] if events else [])])
+        _, num_rows = erase(store, [*erased, stranger])
         assert num_rows == sum(e["user_id"] in erased for e in events)
         assert_only(store, events, erased)
         assert store.snapshot().digest == digest  # pins stay true
@@ -87,20 +88,37 @@ def test_nothing_of_them_is_left_and_all_others_are_as_they_were(
             assert erase(store, erased)[1] == 0
 
 
-def test_the_files_hold_no_byte_of_them(tmp_path: Path) -> None:
+def test_no_file_on_disk_knows_them(tmp_path: Path) -> None:
     events = [{**e, "user_id": f"user-{e['user_id']}-secret"} for e in EVENTS]
     store = history_of(tmp_path / "h", events)
-    erase(store, ["user-3-secret"])
-    snapshot = store.snapshot()
-    live = [Path(store.uri, path).read_bytes() for path in snapshot.files()["path"].to_pylist()]
-    ledger = [path.read_bytes() for path in Path(store.uri, "_gone").iterdir()]
-    log = [path.read_bytes() for path in Path(store.uri, "_delta_log").glob("*.json")]
-    # Parquet and IPC are compressed: an id that is there would show in the decoded index.
-    users = snapshot.user_ids().to_pylist()
-    assert "user-3-secret" not in users
-    assert all(b"user-3-secret" not in raw for raw in [*live, *ledger])
-    # What the log said of files from before goes with the versions that are retired.
-    assert all(b"user-3-secret" not in raw for raw in log[-2:])
+    store.compact(fanout=2)
+    store.drop_before(day(1))
+    dataset = PointerDataset.create(tmp_path / "p", ["ratings"], user_id=pa.string())
+    dataset.seal(day(2), examples_of(events, 2), {"ratings": store.snapshot()})
+    secret = "user-3-secret"
+    assert secret in known_to(store.uri)
+    assert secret in known_to(dataset.uri)
+    for table in (store, dataset):
+        table.erase([secret], reason="ticket 7")
+        assert secret not in known_to(table.uri)
+    assert dataset.snapshot().num_examples == sum(
+        e["user_id"] != secret for e in events_of_day(events, 2)
+    )
+    assert dataset.snapshot().verify(deep=True).ok
+
+
+def known_to(uri: str) -> set[str]:
+    """Every user id in any Parquet file, footer index or sidecar below a folder, live or not."""
+    found: set[str] = set()
+    for path in Path(uri).rglob("*"):
+        if path.suffix == ".parquet" and "_delta_log" not in path.parts:
+            file = pq.ParquetFile(path)
+            found.update(file.read(["user_id"])["user_id"].to_pylist())
+            index = decode_users(file.metadata.metadata[b"vlm.users"], Stripes())
+            found.update(index.user_ids.to_pylist())
+        elif path.suffix == ".arrow":
+            found.update(pa.ipc.open_stream(path).read_all()["user_id"].to_pylist())
+    return found
 
 
 def test_sealing_again_is_the_same_window_with_and_without_them(tmp_path: Path) -> None:
@@ -226,9 +244,52 @@ def test_a_loader_state_from_before_is_refused_only_if_examples_were_dropped(
 def test_counting_says_what_would_leave(tmp_path: Path) -> None:
     store = history_of(tmp_path / "h", EVENTS)
     truth = histories(EVENTS)
-    users = pa.array([3, 5, 99])
-    num_users, num_rows, segments = count_rows_of(store._table, users)
-    assert (num_users, num_rows) == (2, len(truth[3]) + len(truth[5]))
-    assert segments
-    version = store.snapshot().version
-    assert HistoryStore.open(store.uri).snapshot().version == version
+    files = files_below(store.uri)
+    planned = store.erase([5, 3, 99, 3], reason="ticket 7", dry_run=True)
+    assert (planned.num_users, planned.num_rows) == (3, len(truth[3]) + len(truth[5]))
+    assert files_below(store.uri) == files
+    done = store.erase([5, 3, 99, 3], reason="ticket 7")
+    assert (done.num_users, done.num_rows) == (planned.num_users, planned.num_rows)
+    assert done.segments == planned.segments
+    assert done.num_files_deleted >= len(done.segments)
+    (removal,) = store.snapshot().removals
+    assert (removal.reason, removal.num_users, removal.num_rows, removal.through) == (
+        "ticket 7",
+        3,
+        done.num_rows,
+        day(3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("users", "reason", "match"),
+    [
+        ([], "x", "no user"),
+        ([1], " ", "without a reason"),
+        (["a"], "x", "no user ids"),
+        ([None], "x", "null"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    tmp_path: Path, users: list, reason: str, match: str
+) -> None:
+    store = history_of(tmp_path / "h", EVENTS)
+    with pytest.raises(SchemaError, match=match):
+        store.erase(users, reason=reason)
+    assert store.snapshot().removals == ()
+
+
+def test_a_reader_of_an_old_version_opens_its_pin_again(tmp_path: Path) -> None:
+    store = history_of(tmp_path / "h", EVENTS)
+    pins = [store.snapshot(store.version_covering(day(n))).ref() for n in range(4)]
+    before = [pin.open().read(USERS, Projection(NAMES)) for pin in pins]
+    store.compact(fanout=2)
+    store.erase([3], reason="ticket 7")
+    for pin, old in zip(pins, before, strict=True):
+        new = pin.open().read(USERS, Projection(NAMES))
+        for row, user in enumerate(USERS):
+            if user != 3:
+                assert new.of(row) == old.of(row)
+                assert new.end_positions[row] == old.end_positions[row]
+            else:
+                assert new.lengths[row] == 0

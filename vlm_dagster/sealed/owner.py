@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 from vlm_dagster.engines import Engine
 from vlm_dagster.engines.local import LocalEngine
@@ -14,6 +17,9 @@ from vlm_dagster.sealed.sweep import DEFAULT_GRACE_S, sweep
 from vlm_dagster.sealed.table import SealedTable
 from vlm_dagster.storage import FileInfo
 from vlm_dagster.windows import Window, WindowGrid
+
+if TYPE_CHECKING:
+    from vlm_dagster.retention.erasing import ErasureReport
 
 __all__ = ["WindowedTable", "check_num_buckets"]
 
@@ -64,6 +70,36 @@ class WindowedTable:
     def versions_sealing(self, windows: Collection[str | Window]) -> dict[str, int]:
         """`version_sealing` of many windows, by key, in one pass over the log."""
         return self._table.versions.all_sealing([self.grid.parse(window) for window in windows])
+
+    def erase(
+        self,
+        user_ids: Sequence[Any] | pa.Array,
+        *,
+        reason: str,
+        dry_run: bool = False,
+        progress: Callable[[str, int], None] | None = None,
+    ) -> ErasureReport:
+        """Take users out of the table for good: no version that can be opened holds a row of them,
+        and no file that a version named does.
+
+        Rows of all others keep their places and their bytes; pins to earlier versions open the
+        newest one from then on. Pointers into what is gone are never shortened: a loader fails on
+        them or leaves them out, counted, as it was told (`SequenceLoader(gone=...)`). Call it on
+        the histories and on the pointer datasets alike. Killed anywhere, calling it again goes on.
+
+        Args:
+            user_ids: the users; some may be unknown.
+            reason: kept in the audit record, so name no user in it.
+            dry_run: only count.
+            progress: called with the name of every segment rewritten, and the rows that left it.
+
+        Raises:
+            SchemaError: no user, or no reason, is given, or the ids are of another type.
+            CorruptFileError, StorageError: nothing half-done can be seen; call it again.
+        """
+        from vlm_dagster.retention.erasing import erase
+
+        return erase(self._table, user_ids, reason=reason, dry_run=dry_run, progress=progress)
 
     def sweep(
         self, *, older_than_s: float = DEFAULT_GRACE_S, dry_run: bool = True
