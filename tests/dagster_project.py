@@ -34,6 +34,7 @@ class Source:
         self.shift = 0
         self.num_reads = 0
         self.empty: set[str] = set()
+        self.without: set[int] = set()
 
     def events(self, window: Window) -> pa.Table | None:
         self.num_reads += 1
@@ -41,7 +42,7 @@ class Source:
             return None
         times = [window.start_us + hour * 3_600_000_000 for hour in (1, 5, 23)]
         users = [1, 2, 1]
-        return pa.table(
+        found = pa.table(
             {
                 "user_id": pa.array(users, pa.int64()),
                 "event_id": pa.array([t // 1_000_000 for t in times], pa.int64()),
@@ -50,6 +51,7 @@ class Source:
                 "stars": pa.array([5.0, 1.0, 3.0], pa.float32()),
             }
         )
+        return found.filter(pa.array([user not in self.without for user in users]))
 
     def requests(self, window: Window) -> pa.Table | None:
         events = self.events(window)
@@ -103,12 +105,16 @@ class Project:
         only: Sequence[dg.AssetsDefinition] | None = None,
         checks: bool = True,
         on_sealed: str | None = None,
+        correct_because: str | None = None,
     ) -> dg.ExecuteInProcessResult:
         """One run over a partition, or over all from `first` to `last`."""
         span = {} if last is None else {"tags": dict(zip(_RANGE, (first, last), strict=True))}
         chosen = [self.history, self.pointers] if only is None else list(only)
         config = {"config": {"on_sealed": on_sealed}}
-        run_config = {"ops": {a.key.to_python_identifier(): config for a in chosen}}
+        ops = {a.key.to_python_identifier(): config for a in chosen} if on_sealed else {}
+        if correct_because is not None:
+            correcting = {"correct_because": correct_because}
+            ops[self.history.key.to_python_identifier()] = {"config": correcting}
         return dg.materialize(
             [self.history, self.pointers, *(self.checks if checks else [])],
             selection=None if only is None else dg.AssetSelection.assets(*(a.key for a in only)),
@@ -116,7 +122,7 @@ class Project:
             instance=self.instance,
             resources=self.resources,
             raise_on_error=False,
-            run_config=run_config if on_sealed else None,
+            run_config={"ops": ops} if ops else None,
             **span,
         )
 

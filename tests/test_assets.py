@@ -107,8 +107,36 @@ def test_other_content_fails_naming_both_digests_and_the_way_out(project: Projec
     assert sealed in message
     assert told["offered_digest"] in message
     assert "A sealed window never changes" in message
-    assert "into a new table" in message
+    assert "vlm-dagster correct" in message
     assert project.data_version(HISTORY, DAYS[0]) == sealed
+
+
+def test_a_correction_with_a_reason_makes_the_next_revision(project: Project) -> None:
+    project.materialize(DAYS[0], DAYS[2])
+    before = project.data_version(HISTORY, DAYS[1])
+    project.source.shift = 1
+    assert not project.materialize(DAYS[1], only=[project.history]).success
+    done = project.materialize(DAYS[1], only=[project.history], correct_because="ticket 12")
+    assert done.success
+    assert project.data_version(HISTORY, DAYS[1]) != before
+    facts = project.facts(HISTORY, DAYS[1])
+    assert (facts["revision"], facts["reused"]) == (2, False)
+    store = HistoryStore.open(project.root / "ratings_history")
+    assert store.snapshot().windows[1].facts["reason"] == "ticket 12"
+    # Without a reason, what is sealed now is reused again.
+    assert project.materialize(DAYS[1], only=[project.history]).success
+    assert project.facts(HISTORY, DAYS[1])["reused"] is True
+
+
+def test_a_source_without_erased_users_is_still_the_same_window(project: Project) -> None:
+    project.materialize(DAYS[0], only=[project.history])
+    HistoryStore.open(project.root / "ratings_history").erase([2], reason="ticket 13")
+    for without in (set(), {2}):
+        project.source.without = without
+        assert project.materialize(DAYS[0], only=[project.history]).success
+        assert project.facts(HISTORY, DAYS[0])["reused"] is True
+    project.source.without = {1}
+    assert not project.materialize(DAYS[0], only=[project.history]).success
 
 
 def test_other_content_in_one_window_of_many_commits_none_of_them(project: Project) -> None:

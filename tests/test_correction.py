@@ -157,21 +157,13 @@ def test_what_cannot_be_corrected_is_refused(tmp_path: Path) -> None:
         correct(store, replaced(EVENTS, 4), 4)
 
 
-def test_of_two_corrections_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_corrections_one_is_told(tmp_path: Path) -> None:
     store = history_of(tmp_path / "h", EVENTS, days=DAYS)
-    other = HistoryStore.open(store.uri)
-    from vlm_dagster.history import store as module
-
-    commit = module.commit_correction
-
-    def late(*args: object):
-        monkeypatch.setattr(module, "commit_correction", commit)
-        correct(other, replaced(EVENTS, 3), 3)
-        return commit(*args)
-
-    monkeypatch.setattr(module, "commit_correction", late)
+    table = event_table(events_of_day([e for e in EVENTS if e["event_id"] % 3], 3), store.group)
+    staged = store.stage_correction(day(3), table, reason="late")
+    correct(HistoryStore.open(store.uri), replaced(EVENTS, 3), 3)
     with pytest.raises(WindowError, match="meanwhile"):
-        correct(store, [e for e in EVENTS if e["event_id"] % 3], 3)
+        store.commit(staged)
     assert_is(store, replaced(EVENTS, 3))
 
 

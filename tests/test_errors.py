@@ -91,7 +91,12 @@ def test_a_bad_row_is_named_with_its_value_and_the_number_of_others() -> None:
 
 def test_a_sealed_window_names_both_digests_and_the_way_out() -> None:
     text = str(errors.WindowSealedError(table="/t", window="w", sealed="vlm1-a", offered="vlm1-b"))
-    for words in ("vlm1-a", "vlm1-b", "vlm-dagster inspect /t --window w", "new table"):
+    for words in (
+        "vlm1-a",
+        "vlm1-b",
+        "vlm-dagster inspect /t --window w",
+        "vlm-dagster correct /t w",
+    ):
         assert words in text
 
 

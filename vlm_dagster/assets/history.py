@@ -7,8 +7,8 @@ import dagster as dg
 
 from vlm_dagster.assets.metadata import column_schema
 from vlm_dagster.assets.options import (
+    HistorySealConfig,
     OnSealed,
-    SealConfig,
     beta_features,
     declared_version,
     on_sealed_of,
@@ -53,7 +53,8 @@ def history_asset(
     Materializing a partition stages the window's events (sorted files that nobody sees yet); the IO
     manager then commits them, once, in the Delta log. A window that is sealed already stays as it
     is: with the same content the run is green and marked `reused`, with other content it fails,
-    naming both digests.
+    naming both digests; unless the run is configured with `correct_because`, a reason: then the
+    window is replaced by its next revision.
 
     Args:
         group: what the events look like.
@@ -109,7 +110,7 @@ def history_asset(
             },
         )
         def sealed_history(
-            context: dg.AssetExecutionContext, config: SealConfig
+            context: dg.AssetExecutionContext, config: HistorySealConfig
         ) -> Iterator[dg.MaterializeResult[Sealing]]:
             choice = config.on_sealed or default_on_sealed
             with told_to_dagster():
@@ -132,8 +133,12 @@ def history_asset(
                     rows = source(window, context=context)
                     if rows is None:
                         rows = []
-                    one = store.stage(key, rows)
-                    if found is not None and found.digest != one.digest:
+                    if found is not None and config.correct_because:
+                        one = store.stage_correction(key, rows, reason=config.correct_because)
+                        context.log.info(f"correcting window {key}: {config.correct_because}")
+                    else:
+                        one = store.stage(key, rows)
+                    if found is not None and not (one.correction or store.is_sealed_as(one)):
                         # Found out here, before any window of the run is committed.
                         raise WindowSealedError(
                             table=store.uri, window=key, sealed=found.digest, offered=one.digest

@@ -17,6 +17,7 @@ from vlm_dagster.errors import SchemaError
 
 __all__ = [
     "AssetKeyLike",
+    "HistorySealConfig",
     "OnSealed",
     "SealConfig",
     "beta_features",
@@ -44,6 +45,19 @@ class SealConfig(dg.Config):
             "What to do with a window that is sealed already. VERIFY reads the source again and "
             "compares digests: the same content is reused, other content fails the run. REUSE does "
             "not read the source and keeps what is sealed. Empty: as the asset declares."
+        ),
+    )
+
+
+class HistorySealConfig(SealConfig):
+    """Run configuration of history assets."""
+
+    correct_because: str | None = Field(
+        default=None,
+        description=(
+            "Replace windows that are sealed with other content than the source gives now, for this "
+            "reason, which is recorded. Each becomes its next revision; what was pinned before "
+            "keeps replaying the old one. Empty: other content fails the run."
         ),
     )
 

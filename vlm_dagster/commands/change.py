@@ -107,7 +107,11 @@ def show_erasure(report: ErasureReport, console: Console) -> None:
 def drop_facts(report: DropReport) -> dict[str, Any]:
     """The report as JSON."""
     facts = asdict(report)
-    return {**facts, "windows": list(report.windows), "kept_for_segment": list(report.kept_for_segment)}
+    return {
+        **facts,
+        "windows": list(report.windows),
+        "kept_for_segment": list(report.kept_for_segment),
+    }
 
 
 def show_drop(report: DropReport, console: Console) -> None:

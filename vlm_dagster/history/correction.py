@@ -10,8 +10,6 @@ before the window, the window, and what lies after it. The next compaction merge
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from deltalake import Transaction
 
@@ -45,66 +43,48 @@ def check_correctable(table: SealedTable, state: TableState, window: Window) -> 
     return sealed
 
 
-@dataclass
-class _Revising:
-    """Gives a window its next revision within the commit that replaces its files."""
-
-    table: SealedTable
-    staged: StagedWindow
-    before: SealedWindow
-    reason: str
-    name: str | None
-    revision: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.revision = self.before.revision + 1
-
-    def __call__(self, state: TableState) -> Sequence[Transaction]:
-        window = self.staged.window
-        now = check_correctable(self.table, state, window)
-        if (now.revision, now.digest) != (self.before.revision, self.before.digest):
-            raise WindowError(
-                window.key,
-                f"revision {self.before.revision} with digest {self.before.digest} was to be "
-                f"corrected, but somebody made it revision {now.revision} with {now.digest} "
-                "meanwhile",
-                "Look at that one first; then correct again if it is still wrong.",
-            )
-        check_not_erased(self.table, self.staged, state)
-        facts = {
-            "key": window.key,
-            "digest": self.staged.digest,
-            **self.staged.facts,
-            "reason": self.reason,
-            "name": self.name or f"{window.key}@{self.revision}",
-            "replaces": self.before.digest,
-            "at": format_us(int(time.time() * 1e6)),
-        }
-        return [
-            Transaction(lock_id(window), self.revision),
-            Transaction(facts_id(window, self.revision, facts), 1),
-        ]
+def _revision_of(table: SealedTable, staged: StagedWindow, state: TableState) -> list[Transaction]:
+    """What gives the window its next revision, within the commit that replaces its files."""
+    window, correction = staged.window, staged.correction
+    assert correction is not None
+    now = check_correctable(table, state, window)
+    if (now.revision, now.digest) != (correction.revision, correction.digest):
+        raise WindowError(
+            window.key,
+            f"revision {correction.revision} with digest {correction.digest} was to be corrected, "
+            f"but somebody made it revision {now.revision} with {now.digest} meanwhile",
+            "Look at that one first; then correct again if it is still wrong.",
+        )
+    check_not_erased(table, staged, state)
+    facts = {
+        "key": window.key,
+        "digest": staged.digest,
+        **staged.facts,
+        "reason": correction.reason,
+        "name": correction.name,
+        "replaces": correction.digest,
+        "at": format_us(int(time.time() * 1e6)),
+    }
+    revision = correction.revision + 1
+    return [
+        Transaction(lock_id(window), revision),
+        Transaction(facts_id(window, revision, facts), 1),
+    ]
 
 
-def commit_correction(
-    table: SealedTable,
-    staged: StagedWindow,
-    before: SealedWindow,
-    reason: str,
-    name: str | None,
-) -> Sealed:
-    """Make a staged window the next revision of the one that is sealed.
+def commit_correction(table: SealedTable, staged: StagedWindow) -> Sealed:
+    """Make a window that was staged as a correction the next revision of the one that is sealed.
 
     Raises:
         WindowError: it was corrected by somebody else meanwhile, or dropped.
         InvalidEventsError: it holds users who were erased.
         CorruptFileError: a file that has to be cut is not what the log says.
     """
-    window = staged.window
-    if staged.digest == before.digest:
+    window, correction = staged.window, staged.correction
+    assert correction is not None
+    if staged.digest == correction.digest:
         version = table.versions.sealing(window)
-        return Sealed.of(staged, version, reused=True, revision=before.revision)
-    revising = _Revising(table, staged, before, reason, name)
+        return Sealed.of(staged, version, reused=True, revision=correction.revision)
     while True:
         version = table.state().version
         added = [Placed(window.segment, file) for file in staged.files]
@@ -113,10 +93,14 @@ def commit_correction(
             for windows in _beside(table, segment, window):
                 added += rewrite(table, version, [segment], windows).added
         replaced = tuple(live_files(table, version, [segment.name for segment in holding]))
-        layout = StagedLayout("correction", window.key, tuple(added), replaced)
-        found = commit_layout(table, layout, revising, {"vlm.reason": reason})
+        found = commit_layout(
+            table,
+            StagedLayout("correction", window.key, tuple(added), replaced),
+            lambda state: _revision_of(table, staged, state),
+            {"vlm.reason": correction.reason},
+        )
         if found is not None:
-            return Sealed.of(staged, found, reused=False, revision=revising.revision)
+            return Sealed.of(staged, found, reused=False, revision=correction.revision + 1)
 
 
 def _beside(table: SealedTable, segment: Segment, window: Window) -> list[list[Window]]:

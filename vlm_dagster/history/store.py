@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vlm_dagster.engines import Engine
@@ -24,6 +25,7 @@ from vlm_dagster.sealed import (
 from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
 from vlm_dagster.sealed.owner import WindowedTable, check_num_buckets
+from vlm_dagster.sealed.staging import Correction
 from vlm_dagster.sealed.stripes import DEFAULT_EDGES, Stripes
 from vlm_dagster.windows import Cadence, Window, WindowGrid
 
@@ -167,13 +169,34 @@ class HistoryStore(WindowedTable):
             WindowError: it is not sealed, was dropped, or was corrected by somebody else meanwhile.
             SchemaError, InvalidEventsError: the events do not fit; nothing was written.
         """
+        return self.commit(
+            self.stage_correction(window, events, reason=reason, name=name, progress=progress)
+        )
+
+    def stage_correction(
+        self,
+        window: str | Window,
+        events: Rows,
+        *,
+        reason: str,
+        name: str | None = None,
+        progress: Progress | None = None,
+    ) -> StagedWindow:
+        """The first half of `correct`: check, sort and write files that nobody sees yet."""
         if not reason.strip():
             raise SchemaError("a correction without a reason", "Say why the window is replaced.")
         state = self._table.state()
         checked = self._table.check_window(window, state)
-        before = check_correctable(self._table, state, checked)
+        now = check_correctable(self._table, state, checked)
         staged = self._stage(checked, state, events, progress, again=True)
-        return commit_correction(self._table, staged, before, reason, name)
+        name = name or f"{checked.key}@{now.revision + 1}"
+        return replace(staged, correction=Correction(reason, name, now.revision, now.digest))
+
+    def commit(self, staged: StagedWindow) -> Sealed:
+        """The second half of `seal` or `correct`."""
+        if staged.correction is not None:
+            return commit_correction(self._table, staged)
+        return super().commit(staged)
 
     # -- layout -------------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ def sealed_facts(table: SealableTable, sealed: Sealed, watermark_us: int | None)
         "dagster/row_count": sealed.num_events,
         "version": sealed.version,
         "digest": sealed.digest,
+        "revision": sealed.revision,
         "num_users": sealed.num_users,
         "num_duplicates_dropped": sealed.num_duplicates,
         "num_bytes_written": sealed.num_bytes,

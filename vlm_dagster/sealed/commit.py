@@ -176,8 +176,7 @@ def _committed(table: SealedTable, staged: StagedWindow, base: int) -> Sealed:
 
 def _reuse(table: SealedTable, staged: StagedWindow, state: TableState) -> Sealed:
     found = state.sealed[staged.window.index]
-    # Without the users who were erased since, it is still the same window.
-    if staged.digest not in (found.digest, str(state.left(staged.window.index))):
+    if not found.holds(staged.digest, state):
         raise WindowSealedError(
             table=table.uri,
             window=found.window.key,

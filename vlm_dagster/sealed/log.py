@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -68,6 +68,11 @@ class SealedWindow:
     def num_events(self) -> int:
         return self.num_rows
 
+    def holds(self, digest: str, state: TableState) -> bool:
+        """Whether a digest is that of its content, with or without the rows that left since: a
+        source from which erased users were removed still gives the same window."""
+        return digest in (self.digest, str(state.left(self.window.index)))
+
 
 @dataclass(frozen=True)
 class TableState:
@@ -75,16 +80,26 @@ class TableState:
 
     Attributes:
         start: the first window that counts.
-        gone: rows that were sealed and are not there any more.
-        retired: the versions that are not kept any more.
+        load_gone, load_retired: read the sidecars behind `gone` and `retired`, when these are asked
+            for: those of versions that are not kept may have been deleted.
     """
 
     version: int
     grid: WindowGrid
     start: int | None
     sealed: dict[int, SealedWindow]
-    gone: Gone = field(default_factory=Gone, hash=False)
-    retired: Retired = field(default_factory=Retired)
+    load_gone: Callable[[], Gone] = field(default=Gone, hash=False, compare=False)
+    load_retired: Callable[[], Retired] = field(default=Retired, hash=False, compare=False)
+
+    @cached_property
+    def gone(self) -> Gone:
+        """Rows that were sealed and are not there any more."""
+        return self.load_gone()
+
+    @cached_property
+    def retired(self) -> Retired:
+        """The versions that are not kept any more."""
+        return self.load_retired()
 
     def left(self, index: int) -> Digest:
         """The digest of the rows of a sealed window that the files of this version hold."""
@@ -215,17 +230,27 @@ class LogReader:
             if transactions.get(f"vlm.window/{segment}") == int(revision):  # else superseded
                 found = self._window(app_id, grid)
                 sealed[found.window.index] = found
-        gone, retired = self._editions(transactions)
-        return TableState(version, grid, start, sealed, gone, retired)
+        return TableState(
+            version,
+            grid,
+            start,
+            sealed,
+            load_gone=lambda: self._gone_at(transactions),
+            load_retired=lambda: self._retired_at(transactions),
+        )
 
-    def _editions(self, transactions: dict[str, int]) -> tuple[Gone, Retired]:
-        """The ledger and the retirement, each edition of which is read once."""
-        edition, number = transactions.get(GONE_ID, 0), transactions.get(RETIRED_ID, 0)
+    def _gone_at(self, transactions: dict[str, int]) -> Gone:
+        """The ledger; each edition is read once."""
+        edition = transactions.get(GONE_ID, 0)
         if edition not in self._gone:
             self._gone[edition] = read_gone(self._storage, transactions)
+        return self._gone[edition]
+
+    def _retired_at(self, transactions: dict[str, int]) -> Retired:
+        number = transactions.get(RETIRED_ID, 0)
         if number not in self._retired:
             self._retired[number] = read_retired(self._storage, transactions)
-        return self._gone[edition], self._retired[number]
+        return self._retired[number]
 
     def _window(self, app_id: str, grid: WindowGrid) -> SealedWindow:
         found = self._windows.get(app_id)

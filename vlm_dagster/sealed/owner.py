@@ -55,6 +55,12 @@ class WindowedTable:
         """The second half of `seal`: make a staged window visible, at most once."""
         return commit_window(self._table, staged)
 
+    def is_sealed_as(self, staged: StagedWindow) -> bool:
+        """Whether a window is sealed with this very content, or was before users were erased."""
+        state = self._table.state()
+        found = state.sealed.get(staged.window.index)
+        return found is not None and found.holds(staged.digest, state)
+
     def sealed_windows(self) -> list[SealedWindow]:
         """Every window sealed now, oldest first, whether or not one before is missing."""
         return [sealed for _, sealed in sorted(self._table.state().sealed.items())]

@@ -18,7 +18,22 @@ from vlm_dagster.sealed.writer import SegmentWriter, StagedFile, sha256_of
 from vlm_dagster.storage import Storage
 from vlm_dagster.windows import Window
 
-__all__ = ["StagedWindow", "whole_users", "write_window"]
+__all__ = ["Correction", "StagedWindow", "whole_users", "write_window"]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Why a sealed window is to be replaced, and which revision of it.
+
+    Attributes:
+        name: of the new revision.
+        revision, digest: of the one that is replaced.
+    """
+
+    reason: str
+    name: str
+    revision: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,7 @@ class StagedWindow:
     Attributes:
         already_sealed: the window was sealed before staging began, so no files were written:
             committing compares the digests.
+        correction: the window is to replace one that is sealed.
     """
 
     uri: str
@@ -40,6 +56,7 @@ class StagedWindow:
     files: tuple[StagedFile, ...]
     facts: dict[str, Any]
     already_sealed: bool
+    correction: Correction | None = None
 
     @property
     def num_bytes(self) -> int:
