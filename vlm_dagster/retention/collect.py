@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlm_dagster.errors import CorruptFileError, SchemaError, StorageError
+from vlm_dagster.errors import CorruptFileError, SchemaError, StorageError, VlmError
 from vlm_dagster.retention.pins import FOLDER as PINS
 from vlm_dagster.retention.proof import holds_content, holds_rows
 from vlm_dagster.retention.protection import missing_protection, restore_protection
@@ -22,7 +22,8 @@ from vlm_dagster.retention.references import Hold, References, Vanished, find_re
 from vlm_dagster.retention.referrers import FOLDER as REFERRERS
 from vlm_dagster.retention.referrers import forget as forget_referrers
 from vlm_dagster.sealed.lifetimes import FOREVER, Lifetimes
-from vlm_dagster.sealed.retired import Retired, kept_versions, retire
+from vlm_dagster.sealed.log import TableState
+from vlm_dagster.sealed.retired import Retired, retire
 from vlm_dagster.sealed.sweep import DEFAULT_GRACE_S
 from vlm_dagster.sealed.table import SealedTable
 from vlm_dagster.sealed.verify import verify as verify_files
@@ -181,7 +182,7 @@ def find_holding(
     for hold in references.holds:
         version: int | None = hold.version
         if hold.version in newest.retired:
-            version = _opens_at(table, lifetimes, hold)
+            version = _opens_at(owner, newest, hold)
         elif not lifetimes.can_open(hold.version):
             # Another writer cleaned its log away. If it is retired, it opens where it is proved.
             if holds_content(newest, hold.pin):
@@ -257,13 +258,14 @@ class _Counted:
                 self.recent_bytes += size
 
 
-def _opens_at(table: SealedTable, lifetimes: Lifetimes, hold: Hold) -> int | None:
-    """Where a pin to a retired version opens now."""
-    newest = table.state(lifetimes.newest)
-    for version in kept_versions(table, newest):
-        if holds_content(table.state(version), hold.pin):
-            return version
-    return None
+def _opens_at(owner: WindowedTable, newest: TableState, hold: Hold) -> int | None:
+    """Where a pin to a retired version opens now; None if nowhere."""
+    if holds_content(newest, hold.pin) and not newest.gone.removals:
+        return newest.version
+    try:
+        return owner.pinned(hold.pin).version
+    except VlmError:
+        return None
 
 
 def _recent_since(lifetimes: Lifetimes, keep_hours: float) -> int:

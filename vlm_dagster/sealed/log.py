@@ -203,8 +203,11 @@ class LogReader:
                     found[action["appId"]] = action["version"]
         return newest, found
 
-    def state(self, version: int, grid: WindowGrid, start: int | None) -> TableState:
-        """What is sealed at a version. `start` is the declared first window, if any."""
+    def state(
+        self, version: int, grid: WindowGrid, start: int | None, *, ledger: bool = True
+    ) -> TableState:
+        """What is sealed at a version. `start` is the declared first window, if any. Without the
+        `ledger`, also of versions whose sidecars were collected."""
         transactions = self.transactions(version)
         start = transactions.get(START_ID, start) if start is None else start
         sealed: dict[int, SealedWindow] = {}
@@ -215,7 +218,7 @@ class LogReader:
             if transactions.get(f"vlm.window/{segment}") == int(revision):  # else superseded
                 found = self._window(app_id, grid)
                 sealed[found.window.index] = found
-        gone, retired = self._editions(transactions)
+        gone, retired = self._editions(transactions) if ledger else (Gone(), Retired())
         return TableState(version, grid, start, sealed, gone, retired)
 
     def _editions(self, transactions: dict[str, int]) -> tuple[Gone, Retired]:

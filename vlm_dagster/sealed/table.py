@@ -15,10 +15,17 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from vlm_dagster.engines import Engine
-from vlm_dagster.errors import StorageError, TableError, WindowError
+from vlm_dagster.errors import (
+    CorruptFileError,
+    RetiredVersionError,
+    StorageError,
+    TableError,
+    WindowError,
+)
 from vlm_dagster.hashing import bucket_of
 from vlm_dagster.sealed.foreign import ForeignReader
 from vlm_dagster.sealed.gone import Gone, GoneRows, GoneUsers
+from vlm_dagster.sealed.lifetimes import Kept, Lifetimes
 from vlm_dagster.sealed.log import LogReader, TableState
 from vlm_dagster.sealed.opening import create_delta, open_delta, plain, read_declaration
 from vlm_dagster.sealed.reader import NoIndexError, SegmentReader
@@ -104,17 +111,43 @@ class SealedTable:
             )
         return handle
 
-    def state(self, version: int | None = None) -> TableState:
-        """What is sealed at a version (the newest if None)."""
+    def state(self, version: int | None = None, *, ledger: bool = True) -> TableState:
+        """What is sealed at a version (the newest if None).
+
+        Args:
+            ledger: also what left since, which of a retired version may not be known any more.
+        """
         if isinstance(version, int) and version >= 0:
             # The log says it all, unless the version is gone: then Delta says so in full.
             with contextlib.suppress(FileNotFoundError):
-                return self.log.state(version, self.spec.grid, self.spec.start_index)
+                try:
+                    return self.log.state(
+                        version, self.spec.grid, self.spec.start_index, ledger=ledger
+                    )
+                except CorruptFileError:
+                    self.check_kept(version)
+                    raise
         return self.state_of(self.handle(version))
 
     def state_of(self, handle: DeltaTable) -> TableState:
         """What is sealed at the version of a handle."""
         return self.log.state(int(handle.version()), self.spec.grid, self.spec.start_index)
+
+    def check_kept(self, version: int) -> None:
+        """RetiredVersionError if a version is not kept any more, so that its files may be gone."""
+        retired = self.state().retired
+        if version in retired:
+            raise RetiredVersionError(
+                table=self.uri, version=version, by=retired.by, at=retired.at
+            )
+
+    def explain_missing(self, path: str, version: int | None) -> None:
+        """RetiredVersionError if a file is not there because no version that is kept needs it."""
+        if version is not None:
+            lifetimes = Lifetimes(self)
+            retired = self.state(lifetimes.newest).retired
+            if version in retired and not Kept(retired).meet(lifetimes.of(path)):
+                self.check_kept(version)
 
     # -- sealing ------------------------------------------------------------------------------
 
@@ -304,12 +337,17 @@ class SealedTable:
     def _open_reader(self, paths: Sequence[str], version: int | None) -> SegmentReader:
         if len(paths) == 1:
             try:
-                found = SegmentReader(self.storage, paths[0], version, self.stats)
+                found = SegmentReader(
+                    self.storage, paths[0], version, self.stats, self.explain_missing
+                )
                 found.check_owner(self.table_id, self.spec.columns)
                 return found
             except NoIndexError:
                 pass
         # It reads the same way, as far as anybody here can tell.
         return cast(
-            SegmentReader, ForeignReader(self.storage, paths, self.spec, version, self.stats)
+            SegmentReader,
+            ForeignReader(
+                self.storage, paths, self.spec, version, self.stats, self.explain_missing
+            ),
         )
