@@ -24,8 +24,8 @@ from vlm_dagster.sealed import (
 from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
 from vlm_dagster.sealed.owner import WindowedTable, check_num_buckets
-from vlm_dagster.sealed.stripes import DEFAULT_EDGES, Stripes
 from vlm_dagster.sealed.retired import kept_versions
+from vlm_dagster.sealed.stripes import DEFAULT_EDGES, Stripes
 from vlm_dagster.windows import Cadence, Window, WindowGrid
 
 __all__ = ["HistoryStore"]
@@ -238,6 +238,9 @@ class HistoryStore(WindowedTable):
         """The pin of a version (the newest if None), whether or not it is kept any more."""
         state = self._table.state(version, ledger=False)
         return Snapshot(self._table, self.group, state).ref()
+
+    def _ref(self, version: int | None) -> SnapshotRef:
+        return self.ref(version)
 
     def pinned_as(self, name: str) -> Snapshot:
         """What a named pin names, or PinError; see `pin`."""

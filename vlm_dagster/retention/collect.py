@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vlm_dagster.errors import CorruptFileError, SchemaError, StorageError, VlmError
@@ -135,10 +135,13 @@ def gc(
             owner, lifetimes, keep_hours=keep_hours, move_pins=move_pins, forget=forget
         )
         unprotected = missing_protection(table)
+        files, num_spared = collectable(table, lifetimes, holding.retired_next, grace_s=grace_s)
+        as_it_is, _ = collectable(table, lifetimes, holding.retired, grace_s=grace_s)
+        if all(info.path.startswith("_retired/") for info in {*files} - {*as_it_is}):
+            # A commit that frees nothing but the record of the one before would go on for ever.
+            holding = replace(holding, retired_next=holding.retired, num_to_retire=0)
+            files = as_it_is
         if dry_run:
-            files, num_spared = collectable(
-                table, lifetimes, holding.retired_next, grace_s=grace_s
-            )
             found = PurgeReport(lifetimes.newest, tuple(files), num_spared, True)
             return GcReport(table.uri, True, holding, found, unprotected)
 
@@ -189,10 +192,13 @@ def find_holding(
                 moved.append(hold)
                 continue
             lost.append(hold)  # its files stay all the same: its log may be restored
-        elif move_pins and hold.version < newest.version:
-            if holds_rows(newest, hold.pin, table.state(hold.version)):
-                moved.append(hold)
-                continue
+        elif (
+            move_pins
+            and hold.version < newest.version
+            and holds_rows(newest, hold.pin, table.state(hold.version))
+        ):
+            moved.append(hold)
+            continue
         if version is None:
             lost.append(hold)
         else:
@@ -263,7 +269,7 @@ def _opens_at(owner: WindowedTable, newest: TableState, hold: Hold) -> int | Non
     if holds_content(newest, hold.pin) and not newest.gone.removals:
         return newest.version
     try:
-        return owner.pinned(hold.pin).version
+        return int(owner.pinned(hold.pin).version)
     except VlmError:
         return None
 

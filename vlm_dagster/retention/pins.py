@@ -53,7 +53,9 @@ class NamedPin:
         return str(self.ref["digest"])
 
 
-def pin_version(table: SealedTable, name: str, ref: Mapping[str, Any], reason: str = "") -> NamedPin:
+def pin_version(
+    table: SealedTable, name: str, ref: Mapping[str, Any], reason: str = ""
+) -> NamedPin:
     """Name a version, so that it is kept. The same again changes nothing.
 
     Args:

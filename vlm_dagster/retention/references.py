@@ -194,15 +194,14 @@ def _recorded(owner: WindowedTable, referrer: Referrer) -> list[Hold]:
     return list(_pins_of_checkpoint(owner, referrer.uri, referrer.pins))
 
 
-def _pins_of_checkpoint(
-    owner: WindowedTable, uri: str, pins: Mapping[str, Any]
-) -> Iterator[Hold]:
+def _pins_of_checkpoint(owner: WindowedTable, uri: str, pins: Mapping[str, Any]) -> Iterator[Hold]:
     from vlm_dagster.pointers import PointerRef
 
     for role, value in pins.items():
         if value:
             ref = PointerRef.from_json(value)
-            for pin in (ref, *ref.pins):
+            named: list[SnapshotRef | PointerRef] = [ref, *ref.pins]
+            for pin in named:
                 if pin.table_id == owner.table_id:
                     yield Hold(pin.version, "checkpoint", uri, role, pin)
 

@@ -21,7 +21,15 @@ from vlm_dagster.sealed.table import SealedTable
 from vlm_dagster.storage import Storage, normalize_uri, redact
 from vlm_dagster.windows import format_us
 
-__all__ = ["Referrer", "forget", "matches", "read_referrers", "register", "registered", "unregister"]
+__all__ = [
+    "Referrer",
+    "forget",
+    "matches",
+    "read_referrers",
+    "register",
+    "registered",
+    "unregister",
+]
 
 FOLDER = "_referrers"
 _FORMAT = 1
@@ -131,7 +139,9 @@ def read_referrers(table: SealedTable) -> list[Referrer]:
     for info in table.storage.list(FOLDER):
         if info.path.endswith(".json"):
             try:
-                found.append(_parse(table, info.path, table.storage.read_bytes(info.path), info.modified_s))
+                found.append(
+                    _parse(table, info.path, table.storage.read_bytes(info.path), info.modified_s)
+                )
             except FileNotFoundError:  # forgotten just now
                 continue
     return sorted(found, key=lambda one: (one.kind, one.uri, one.path))

@@ -137,9 +137,7 @@ class SealedTable:
         """RetiredVersionError if a version is not kept any more, so that its files may be gone."""
         retired = self.state().retired
         if version in retired:
-            raise RetiredVersionError(
-                table=self.uri, version=version, by=retired.by, at=retired.at
-            )
+            raise RetiredVersionError(table=self.uri, version=version, by=retired.by, at=retired.at)
 
     def explain_missing(self, path: str, version: int | None) -> None:
         """RetiredVersionError if a file is not there because no version that is kept needs it."""

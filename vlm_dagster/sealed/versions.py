@@ -101,9 +101,7 @@ class Versions:
         self, holds: Callable[[TableState], bool], asked: str, window: Window
     ) -> int:
         def at(version: int) -> TableState:
-            return self._log.state(
-                version, self._spec.grid, self._spec.start_index, ledger=False
-            )
+            return self._log.state(version, self._spec.grid, self._spec.start_index, ledger=False)
 
         state = self._newest()
         if not holds(state):
