@@ -32,6 +32,7 @@ ONE_OF_EACH = [
     errors.CorruptFileError(
         table="/t", path="segment=a/b.parquet", version=3, problem="is missing"
     ),
+    errors.RetiredVersionError(table="/t", version=3, by="gc", at="2025-01-01T00:00:00Z"),
     errors.ChecksumError(group="ratings", user_id="ü", end_position=5, num_bad=2),
     errors.StorageError("/t", "writing x", OSError(errno.ENOSPC, "No space left on device")),
     errors.GoneError(group="ratings", user_id=7, end_position=5, num_gone=2),

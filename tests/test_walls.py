@@ -20,8 +20,8 @@ MODULES = sorted(
     if path.name != "__main__.py"  # importing it runs it
 )
 
-CORE = ("sealed/", "history/", "pointers/", "events/", "engines/", "errors.py", "hashing.py",
-        "schema.py", "storage.py", "windows.py")  # fmt: skip
+CORE = ("sealed/", "history/", "pointers/", "retention/", "events/", "engines/", "errors.py",
+        "hashing.py", "schema.py", "storage.py", "windows.py")  # fmt: skip
 TORCH_SIDE = ("loaders/", "models/", "training/")
 DAGSTER_SIDE = ("assets/", "io_managers/", "definitions.py")
 

@@ -17,6 +17,7 @@ __all__ = [
     "InvalidEventsError",
     "InvalidRequestsError",
     "PinError",
+    "RetiredVersionError",
     "SchemaError",
     "SourceFormatError",
     "StorageError",
@@ -179,6 +180,26 @@ class CorruptFileError(VlmError):
             f"{table}`."
         )
         self.path = path
+
+
+class RetiredVersionError(VlmError):
+    """A version that is not kept any more was asked for, or was collected while it was read."""
+
+    def __init__(
+        self,
+        *,
+        table: str,
+        version: int,
+        by: str,
+        at: str,
+        way_out: str = "Open the pin again: it opens a version that is kept and holds the same "
+        "content, proved by its digest.",
+    ) -> None:
+        super().__init__(
+            f"version {version} of {table} was retired by {by} on {at}, so its files may be gone. "
+            f"{way_out}"
+        )
+        self.version = version
 
 
 class ChecksumError(VlmError):

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from vlm_dagster.errors import PinError, SchemaError
 from vlm_dagster.hashing import bucket_of
 from vlm_dagster.history.arena import BucketIndex, Histories
+from vlm_dagster.retention.referrers import Referrer, register
 from vlm_dagster.schema import FeatureGroup, Projection
 from vlm_dagster.sealed import SealedTable, SealedWindow, TableState, VerifyReport
 from vlm_dagster.sealed.gathering import gather
@@ -238,6 +239,14 @@ class Snapshot:
             watermark_us=self.watermark_us,
             digest=self.digest,
         )
+
+    def enter(self, referrer: Referrer) -> None:
+        """Enter what is about to refer to this table, so that no collection overlooks it.
+
+        Raises:
+            TableError: the table cannot be written, and it is not entered yet.
+        """
+        register(self._table, referrer)
 
     def covers(self, time_us: int) -> bool:
         """Whether the history before this instant is complete."""

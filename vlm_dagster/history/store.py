@@ -25,6 +25,7 @@ from vlm_dagster.sealed import (
 from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
 from vlm_dagster.sealed.owner import WindowedTable, check_num_buckets
+from vlm_dagster.sealed.retired import kept_versions
 from vlm_dagster.sealed.staging import Correction
 from vlm_dagster.sealed.stripes import DEFAULT_EDGES, Stripes
 from vlm_dagster.windows import Cadence, Window, WindowGrid
@@ -256,6 +257,18 @@ class HistoryStore(WindowedTable):
         """
         return Snapshot(self._table, self.group, self._table.state(version))
 
+    def ref(self, version: int | None = None) -> SnapshotRef:
+        """The pin of a version (the newest if None), whether or not it is kept any more."""
+        state = self._table.state(version)
+        return Snapshot(self._table, self.group, state).ref()
+
+    def _ref(self, version: int | None) -> SnapshotRef:
+        return self.ref(version)
+
+    def pinned_as(self, name: str) -> Snapshot:
+        """What a named pin names, or PinError; see `pin`."""
+        return SnapshotRef.from_json(self.find_pin(name).ref).open(store=self)
+
     def pinned(self, pin: SnapshotRef) -> Snapshot:
         """What a pin of this table names; see `SnapshotRef.open`.
 
@@ -263,19 +276,22 @@ class HistoryStore(WindowedTable):
             PinError: no version that is kept holds it.
         """
         newest = self._table.state()
-        versions = [pin.version]
-        if pin.version in newest.retired:
-            later = sorted(v for v in newest.retired.keep if v > pin.version)
-            versions = [newest.version, *reversed(later)]
+        retired = pin.version in newest.retired
         found = ""
-        for version in versions:
+        dropped: PinError | None = None
+        for version in kept_versions(self._table, newest) if retired else [pin.version]:
             state = newest if version == newest.version else self._table.state(version)
             snapshot = Snapshot(self._table, self.group, state, pin=pin)
             found = found or snapshot.digest
             if snapshot.digest == pin.digest:
-                _check_not_dropped(snapshot, pin, state)
+                try:
+                    _check_not_dropped(snapshot, pin, state)
+                except PinError as error:  # one from before that may be kept
+                    dropped = dropped or error
+                    continue
                 return snapshot
-        retired = pin.version in newest.retired
+        if dropped is not None:
+            raise dropped
         by, at = newest.retired.by, newest.retired.at
         raise PinError(
             f"history table {self.uri} at version {pin.version}",

@@ -74,5 +74,5 @@ class VlmHistoryIOManager(TableIOManager):
         versions = store.versions_covering(keys)
         for version in versions.values():
             if version not in refs:
-                refs[version] = store.snapshot(version).ref()
+                refs[version] = store.ref(version)
         return {key: refs[versions[key]] for key in keys}

@@ -15,6 +15,7 @@ from vlm_dagster.pointers.build import PointerBuilder
 from vlm_dagster.pointers.snapshot import PointerRef, PointerSnapshot, pins_of_window
 from vlm_dagster.pointers.spec import PointerSpec
 from vlm_dagster.pointers.validate import check_watermarks, validated_requests
+from vlm_dagster.retention.referrers import Referrer
 from vlm_dagster.schema import Trait
 from vlm_dagster.sealed import (
     Sealed,
@@ -27,6 +28,7 @@ from vlm_dagster.sealed import (
 from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
 from vlm_dagster.sealed.owner import WindowedTable, check_num_buckets
+from vlm_dagster.sealed.retired import kept_versions
 from vlm_dagster.windows import Cadence, Window, WindowGrid
 
 __all__ = ["PointerDataset"]
@@ -38,6 +40,7 @@ class PointerDataset(WindowedTable):
     def __init__(self, table: SealedTable, spec: PointerSpec, engine: Engine | None = None) -> None:
         super().__init__(table, engine)
         self.spec = spec
+        self._entered: set[str] = set()
 
     @classmethod
     def create(
@@ -140,6 +143,7 @@ class PointerDataset(WindowedTable):
             WatermarkError: a request lies beyond a snapshot's watermark.
             WindowSealedError: the window is sealed with other content.
             SchemaError, InvalidRequestsError: the requests do not fit; nothing was written.
+            TableError: a history cannot be told that this dataset refers to it.
         """
         return self.commit(self.stage(window, requests, histories, progress=progress))
 
@@ -162,6 +166,7 @@ class PointerDataset(WindowedTable):
             _check_same_histories(
                 self.uri, state.sealed[checked.index], snapshots, self._table.storage_options
             )
+        self._enter(snapshots)
         builder = PointerBuilder(self.spec, checked, snapshots)
         duplicates = DuplicateFilter("request_id", self.spec.duplicates, InvalidRequestsError)
         rows = validated_requests(
@@ -181,6 +186,13 @@ class PointerDataset(WindowedTable):
                 "num_unknown": builder.num_unknown,
             },
         )
+
+    def _enter(self, snapshots: Mapping[str, Snapshot]) -> None:
+        """Enter this dataset among the referrers of the histories, before anything refers to them."""
+        for snapshot in snapshots.values():
+            if snapshot.uri not in self._entered:
+                snapshot.enter(Referrer.pointers(self.uri, self.table_id))
+                self._entered.add(snapshot.uri)
 
     def _snapshots(self, histories: Mapping[str, Snapshot | SnapshotRef]) -> dict[str, Snapshot]:
         if set(histories) != set(self.spec.groups):
@@ -252,6 +264,49 @@ class PointerDataset(WindowedTable):
     def ref(self, windows: Sequence[str] | None = None, version: int | None = None) -> PointerRef:
         """A pin of some windows at a version; see `snapshot`."""
         return self.snapshot(windows, version).ref()
+
+    def _ref(self, version: int | None) -> PointerRef:
+        return self.ref(version=version)
+
+    def pinned_as(self, name: str) -> PointerSnapshot:
+        """What a named pin names, or PinError; see `pin`."""
+        return self.pinned(PointerRef.from_json(self.find_pin(name).ref))
+
+    def pinned(self, pin: PointerRef) -> PointerSnapshot:
+        """What a pin of this dataset names; see `PointerRef.open`.
+
+        Raises:
+            PinError: what lies here is another dataset, or no version that is kept holds it.
+        """
+        if self.table_id != pin.table_id:
+            raise PinError(
+                f"pointer dataset {self.uri}",
+                pinned=f"table id {pin.table_id}",
+                found=f"table id {self.table_id}",
+                way_out="The dataset was recreated since; restore the pinned one.",
+            )
+        newest = self._table.state()
+        retired = pin.version in newest.retired
+        found = ""
+        # A retired version's examples are in every later one, unless a window was corrected.
+        for version in kept_versions(self._table, newest) if retired else [pin.version]:
+            try:
+                snapshot = self.snapshot(windows=pin.windows, version=version)
+            except WindowError:  # an older version that is kept has fewer windows
+                if not retired:
+                    raise
+                continue
+            found = found or snapshot.digest
+            if snapshot.digest == pin.digest:
+                return snapshot
+        raise PinError(
+            f"pointer dataset {self.uri} at version {pin.version}",
+            pinned=f"digest {pin.digest}",
+            found=f"digest {found}",
+            way_out="Its version was retired, and later ones hold corrected content: use these."
+            if retired
+            else "Its log was altered; restore it from a copy.",
+        )
 
 
 def _check_same_histories(

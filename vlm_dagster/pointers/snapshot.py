@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vlm_dagster.errors import PinError, WindowError
+from vlm_dagster.errors import WindowError
 from vlm_dagster.history.arena import BucketIndex
 from vlm_dagster.history.snapshot import SnapshotRef, prefix_digest
 from vlm_dagster.pointers.spec import PointerSpec
@@ -44,7 +44,7 @@ class PointerRef:
         self, storage_options: Mapping[str, str] | None = None, *, uri: str | None = None
     ) -> PointerSnapshot:
         """Open the pinned windows, refusing anything that is not them. Where the pinned version was
-        retired, they are opened at the newest one.
+        retired, they are opened at the newest one that holds them.
 
         Raises:
             TableError: the dataset or the version is gone.
@@ -53,25 +53,7 @@ class PointerRef:
         from vlm_dagster.pointers.dataset import PointerDataset
 
         dataset = PointerDataset.open(uri or self.uri, storage_options=storage_options)
-        if dataset.table_id != self.table_id:
-            raise PinError(
-                f"pointer dataset {dataset.uri}",
-                pinned=f"table id {self.table_id}",
-                found=f"table id {dataset.table_id}",
-                way_out="The dataset was recreated since; restore the pinned one.",
-            )
-        # A retired version's examples are in every later one: sealed windows of pointers stay.
-        newest = dataset.state()
-        version = newest.version if self.version in newest.retired else self.version
-        snapshot = dataset.snapshot(windows=self.windows, version=version)
-        if snapshot.digest != self.digest:
-            raise PinError(
-                f"pointer dataset {dataset.uri} at version {version}",
-                pinned=f"digest {self.digest}",
-                found=f"digest {snapshot.digest}",
-                way_out="Its log was altered; restore it from a copy.",
-            )
-        return snapshot
+        return dataset.pinned(self)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -101,7 +101,7 @@ def collectable(
         else:
             found.append(info)
     found.sort(key=lambda info: info.path)
-    return [*found, *_sidecars(table, lifetimes, kept, grace_s)], num_spared
+    return [*found, *_sidecars(table, lifetimes, kept)], num_spared
 
 
 def _came_back(info: FileInfo, lifetimes: Lifetimes, grace_s: float) -> bool:
@@ -110,9 +110,7 @@ def _came_back(info: FileInfo, lifetimes: Lifetimes, grace_s: float) -> bool:
     return info.modified_s > removed_s and info.modified_s > time.time() - grace_s
 
 
-def _sidecars(
-    table: SealedTable, lifetimes: Lifetimes, kept: Kept, grace_s: float
-) -> list[FileInfo]:
+def _sidecars(table: SealedTable, lifetimes: Lifetimes, kept: Kept) -> list[FileInfo]:
     there = {info.path: info for folder in (_GONE, _RETIRED) for info in table.storage.list(folder)}
     named = lifetimes.sidecars()
     parts: dict[str, list[tuple[int, int]]] = {}
@@ -121,12 +119,13 @@ def _sidecars(
             for part in _parts(table, path):
                 parts.setdefault(part, []).extend(spans)
     needed = {path for path, spans in (*named.items(), *parts.items()) if kept.meet(spans)}
-    limit = time.time() - grace_s
+    limit = time.time() - DEFAULT_GRACE_S
     dead = [
         info
         for path, info in there.items()
         if path not in needed
-        # One that no commit ever named: its writer may be about to make that commit.
+        # One that no commit ever named: its writer may be about to make that commit, and a table
+        # whose newest ledger is missing cannot be read at all.
         and (path in named or path in parts or info.modified_s <= limit)
     ]
     # A ledger's edition says which other sidecars it needs, so it goes after them.
@@ -155,7 +154,7 @@ def _delete(
         now = {info.path: info for info in table.storage.list(folder)}
         lifetimes.advance()
         if folder in (_GONE, _RETIRED):
-            dead = {info.path for info in _sidecars(table, lifetimes, kept, grace_s)}
+            dead = {info.path for info in _sidecars(table, lifetimes, kept)}
         else:
             dead = {
                 path

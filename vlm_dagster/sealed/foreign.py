@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from vlm_dagster.errors import CorruptFileError
 from vlm_dagster.hashing import run_lengths
+from vlm_dagster.sealed.reader import OnMissing
 from vlm_dagster.sealed.spec import TableSpec
 from vlm_dagster.sealed.stats import ReadStats
 from vlm_dagster.sealed.stripes import Stripes
@@ -45,12 +46,14 @@ class ForeignReader:
         spec: TableSpec,
         version: int | None = None,
         stats: ReadStats | None = None,
+        on_missing: OnMissing | None = None,
     ) -> None:
         self._storage = storage
         self._paths = list(paths)
         self._spec = spec
         self._version = version
         self._stats = stats or ReadStats()
+        self._on_missing = on_missing
         keys = self._read(spec.sort_columns)
         self._order = pc.sort_indices(keys, [(name, "ascending") for name in spec.sort_columns])
         ordered = keys.take(self._order).combine_chunks()
@@ -85,6 +88,8 @@ class ForeignReader:
                     table = file.read(columns=list(columns), use_threads=False)
                 tables.append(table.select(list(columns)).cast(schema))
             except FileNotFoundError:
+                if self._on_missing is not None:
+                    self._on_missing(path, self._version)
                 raise self._corrupt(path, "is missing") from None
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
                 raise self._corrupt(path, f"cannot be read ({error})") from error

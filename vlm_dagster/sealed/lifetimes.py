@@ -262,7 +262,7 @@ class Lifetimes:
 
 
 def _commit(version: int, modified_s: float, actions: Iterable[tuple[str, Any]]) -> Commit:
-    info = next((body for kind, body in actions if kind == "commitInfo"), {})
+    info: dict[str, Any] = next((body for kind, body in actions if kind == "commitInfo"), {})
     ours = [
         f"{name.removeprefix('vlm.').replace('_', ' ')} {value}"
         for name, value in sorted(info.items())

@@ -19,7 +19,11 @@ from vlm_dagster.storage import FileInfo
 from vlm_dagster.windows import Window, WindowGrid
 
 if TYPE_CHECKING:
+    from vlm_dagster.history import SnapshotRef
+    from vlm_dagster.pointers import PointerRef
+    from vlm_dagster.retention.collect import GcReport
     from vlm_dagster.retention.erasing import ErasureReport
+    from vlm_dagster.retention.pins import NamedPin
 
 __all__ = ["WindowedTable", "check_num_buckets"]
 
@@ -42,6 +46,11 @@ class WindowedTable:
     def table_id(self) -> str:
         """The Delta table's own id: another table created at the same place has another."""
         return self._table.table_id
+
+    @property
+    def sealed_table(self) -> SealedTable:
+        """The table itself, for the parts of this package."""
+        return self._table
 
     @property
     def num_buckets(self) -> int:
@@ -106,6 +115,91 @@ class WindowedTable:
         from vlm_dagster.retention.erasing import erase
 
         return erase(self._table, user_ids, reason=reason, dry_run=dry_run, progress=progress)
+
+    def _ref(self, version: int | None) -> SnapshotRef | PointerRef:
+        """The pin of all that a version holds."""
+        raise NotImplementedError
+
+    def pinned(self, pin: Any) -> Any:
+        """What a pin of this table names, opened where it is kept; or PinError."""
+        raise NotImplementedError
+
+    def pin(self, name: str, version: int | None = None, *, reason: str = "") -> NamedPin:
+        """Keep a version under a name, whatever else refers to it. The same again changes nothing.
+
+        Args:
+            name: letters, digits, `.`, `_` and `-`; up to 100.
+            version: the newest if None.
+
+        Raises:
+            PinError: the name is taken by another version.
+            RetiredVersionError: the version is not kept any more.
+        """
+        from vlm_dagster.retention.pins import pin_version
+
+        return pin_version(self._table, name, self._ref(version).to_json(), reason)
+
+    def unpin(self, name: str) -> NamedPin:
+        """Let a named pin go, or PinError; its version goes with the next collection, unless
+        something else holds it."""
+        from vlm_dagster.retention.pins import unpin
+
+        return unpin(self._table, name)
+
+    def pins_by_name(self) -> dict[str, NamedPin]:
+        """The named pins."""
+        from vlm_dagster.retention.pins import read_pins
+
+        return {pin.name: pin for pin in read_pins(self._table)}
+
+    def find_pin(self, name: str) -> NamedPin:
+        """The pin of a name, or PinError."""
+        from vlm_dagster.retention.pins import find_pin
+
+        return find_pin(self._table, name)
+
+    def gc(
+        self,
+        *,
+        dry_run: bool = True,
+        keep_hours: float = 24.0,
+        move_pins: bool = False,
+        verify: bool = False,
+        forget: Sequence[str] = (),
+        progress: Callable[[FileInfo], None] | None = None,
+    ) -> GcReport:
+        """Let go of every version that nothing refers to, and delete what only such versions name.
+
+        Kept are the newest version, those that were it lately, and those that named pins, pointer
+        datasets and checkpoints refer to. All pins go on opening what they name, to the byte. Safe
+        beside everything else; killed anywhere, calling it again goes on.
+
+        Args:
+            dry_run: only say what would go, and what holds the rest.
+            keep_hours: a version stays so long after it was the newest: longer than any reader
+                takes that opened it without a pin.
+            move_pins: what refers to a version whose windows the newest holds too, proved by
+                digest, does not hold it: its pin then opens the newest, with the same content.
+            verify: before pins are moved, check the newest version's files against their hashes.
+            forget: addresses of referrers that hold nothing any more if they cannot be opened; `*`
+                stands for anything.
+            progress: called with every file when it is deleted.
+
+        Raises:
+            TableError: the log, a pin or an entry is damaged; nothing was deleted.
+            StorageError: storage refused; call it again.
+        """
+        from vlm_dagster.retention.collect import gc
+
+        return gc(
+            self,
+            dry_run=dry_run,
+            keep_hours=keep_hours,
+            move_pins=move_pins,
+            verify=verify,
+            forget=forget,
+            progress=progress,
+        )
 
     def sweep(
         self, *, older_than_s: float = DEFAULT_GRACE_S, dry_run: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +21,10 @@ from vlm_dagster.sealed.users import decode_users
 from vlm_dagster.sealed.writer import FILE_FORMAT, HEADER_KEY, USERS_KEY
 from vlm_dagster.storage import Storage
 
-__all__ = ["NoIndexError", "SegmentReader"]
+__all__ = ["NoIndexError", "OnMissing", "SegmentReader"]
 
 I64 = npt.NDArray[np.int64]
+OnMissing = Callable[[str, int | None], None]
 
 
 class NoIndexError(CorruptFileError):
@@ -44,16 +45,23 @@ class SegmentReader:
         path: str,
         version: int | None = None,
         stats: ReadStats | None = None,
+        on_missing: OnMissing | None = None,
     ) -> None:
+        """
+        Args:
+            on_missing: called with path and version where the file is missing: raises if there is
+                a better reason than damage.
+        """
         self._storage = storage
         self.path = path
         self._version = version
         self._stats = stats or ReadStats()
+        self._on_missing = on_missing
         try:
             with storage.open_input(path) as source:
                 self._metadata = pq.read_metadata(source)
         except FileNotFoundError:
-            raise self._corrupt("is missing") from None
+            raise self._missing() from None
         except (pa.ArrowInvalid, OSError, ValueError) as error:
             raise self._corrupt(f"cannot be read as Parquet ({error})") from error
         pairs = self._metadata.metadata or {}
@@ -117,6 +125,11 @@ class SegmentReader:
                 f"is the file of bucket {header.get('bucket')} of segment {header.get('segment')} "
                 f"of table {header.get('table_id')}"
             )
+
+    def _missing(self) -> CorruptFileError:
+        if self._on_missing is not None:
+            self._on_missing(self.path, self._version)
+        return self._corrupt("is missing")
 
     def _corrupt(self, problem: str) -> CorruptFileError:
         return CorruptFileError(
@@ -208,7 +221,7 @@ class SegmentReader:
                     groups, columns=list(columns), use_threads=False
                 ).select(list(columns))
         except FileNotFoundError:
-            raise self._corrupt("is missing") from None
+            raise self._missing() from None
         except (pa.ArrowInvalid, OSError, ValueError) as error:
             raise self._corrupt(f"cannot be read ({error})") from error
         if not proved:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -22,9 +22,10 @@ from vlm_dagster.storage import Storage
 from vlm_dagster.windows import format_us
 
 if TYPE_CHECKING:
+    from vlm_dagster.sealed.log import TableState
     from vlm_dagster.sealed.table import SealedTable
 
-__all__ = ["Retired", "read_retired", "retire"]
+__all__ = ["Retired", "kept_versions", "read_retired", "retire"]
 
 RETIRED_ID = "vlm.retired"
 # Carried by whoever retires versions and by whoever pins one: of two at the same instant, one looks again.
@@ -70,6 +71,22 @@ def read_retired(storage: Storage, transactions: Mapping[str, int]) -> Retired:
     (path,) = (app_id[len(prefix) :] for app_id in transactions if app_id.startswith(prefix))
     facts = json.loads(read_sidecar(storage, f"{_FOLDER}/{path}"))
     return Retired(facts["below"], frozenset(facts["keep"]), facts["by"], facts["at"])
+
+
+def kept_versions(table: SealedTable, newest: TableState) -> Iterator[int]:
+    """The versions that are not retired, newest first; of a run of versions that hold the same windows
+    with the same content and the same rows gone, or fewer windows, only the last."""
+    yield newest.version
+    for version in range(newest.version, newest.retired.below, -1):
+        try:
+            transactions = table.log.commit(version)
+        except FileNotFoundError:  # cleaned away
+            break
+        for app_id, number in transactions.items():
+            if app_id == "vlm.gone" or (app_id.startswith("vlm.window/") and number > 1):
+                yield version - 1
+                break
+    yield from sorted(newest.retired.keep, reverse=True)
 
 
 def retire(

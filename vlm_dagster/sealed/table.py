@@ -15,10 +15,16 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from vlm_dagster.engines import Engine
-from vlm_dagster.errors import StorageError, TableError, WindowError
+from vlm_dagster.errors import (
+    RetiredVersionError,
+    StorageError,
+    TableError,
+    WindowError,
+)
 from vlm_dagster.hashing import bucket_of
 from vlm_dagster.sealed.foreign import ForeignReader
 from vlm_dagster.sealed.gone import Gone, GoneRows, GoneUsers
+from vlm_dagster.sealed.lifetimes import Kept, Lifetimes
 from vlm_dagster.sealed.log import LogReader, TableState
 from vlm_dagster.sealed.opening import create_delta, open_delta, plain, read_declaration
 from vlm_dagster.sealed.reader import NoIndexError, SegmentReader
@@ -115,6 +121,20 @@ class SealedTable:
     def state_of(self, handle: DeltaTable) -> TableState:
         """What is sealed at the version of a handle."""
         return self.log.state(int(handle.version()), self.spec.grid, self.spec.start_index)
+
+    def check_kept(self, version: int) -> None:
+        """RetiredVersionError if a version is not kept any more, so that its files may be gone."""
+        retired = self.state().retired
+        if version in retired:
+            raise RetiredVersionError(table=self.uri, version=version, by=retired.by, at=retired.at)
+
+    def explain_missing(self, path: str, version: int | None) -> None:
+        """RetiredVersionError if a file is not there because no version that is kept needs it."""
+        if version is not None:
+            lifetimes = Lifetimes(self)
+            retired = self.state(lifetimes.newest).retired
+            if version in retired and not Kept(retired).meet(lifetimes.of(path)):
+                self.check_kept(version)
 
     # -- sealing ------------------------------------------------------------------------------
 
@@ -304,12 +324,17 @@ class SealedTable:
     def _open_reader(self, paths: Sequence[str], version: int | None) -> SegmentReader:
         if len(paths) == 1:
             try:
-                found = SegmentReader(self.storage, paths[0], version, self.stats)
+                found = SegmentReader(
+                    self.storage, paths[0], version, self.stats, self.explain_missing
+                )
                 found.check_owner(self.table_id, self.spec.columns)
                 return found
             except NoIndexError:
                 pass
         # It reads the same way, as far as anybody here can tell.
         return cast(
-            SegmentReader, ForeignReader(self.storage, paths, self.spec, version, self.stats)
+            SegmentReader,
+            ForeignReader(
+                self.storage, paths, self.spec, version, self.stats, self.explain_missing
+            ),
         )

@@ -121,6 +121,7 @@ def _check_files(
     for file in files:
         size = table.storage.size(file["path"])
         if size is None:
+            table.explain_missing(file["path"], version)
             raise corrupt(file["path"], "is missing")
         if size != file["size_bytes"]:
             raise corrupt(file["path"], f"has {size} bytes, but {file['size_bytes']} were sealed")

@@ -6,6 +6,7 @@ import platform
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from vlm_dagster.training.evaluation import EVALUATION, evaluate_checkpoint
 from vlm_dagster.training.features import to_model_inputs
 from vlm_dagster.training.interrupt import StopRequest
 from vlm_dagster.training.loop import TrainingSummary, train
+from vlm_dagster.training.referring import referring
 from vlm_dagster.training.reporting import Reporter
 from vlm_dagster.training.vocabulary import Vocabulary
 from vlm_dagster.training.world import World
@@ -84,6 +86,11 @@ def run(config: TrainingConfig, world: World, stop: StopRequest, reporter: Repor
     Raises:
         VlmError: see the parts; nothing half-written is left behind.
     """
+    with referring(config) if world.rank == 0 else nullcontext():
+        return _run(config, world, stop, reporter)
+
+
+def _run(config: TrainingConfig, world: World, stop: StopRequest, reporter: Reporter) -> int:
     folder = Path(config.checkpoint_dir)
     summary, model, vocabulary = _train(config, world, stop, reporter)
     if summary.num_steps and world.rank == 0:
