@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from deltalake import DeltaTable
 
 from vlm_dagster.engines import Engine
 from vlm_dagster.errors import (
+    CorruptFileError,
     RetiredVersionError,
     StorageError,
     TableError,
@@ -115,8 +117,16 @@ class SealedTable:
         if isinstance(version, int) and version >= 0:
             # The log says it all, unless the version is gone: then Delta says so in full.
             with contextlib.suppress(FileNotFoundError):
-                return self.log.state(version, self.spec.grid, self.spec.start_index)
+                found = self.log.state(version, self.spec.grid, self.spec.start_index)
+                return replace(found, load_gone=lambda: self._ledger_of(found))
         return self.state_of(self.handle(version))
+
+    def _ledger_of(self, state: TableState) -> Gone:
+        try:
+            return state.gone
+        except CorruptFileError:
+            self.check_kept(state.version)  # then it was collected with its version
+            raise
 
     def state_of(self, handle: DeltaTable) -> TableState:
         """What is sealed at the version of a handle."""
