@@ -179,3 +179,21 @@ def test_pointers_are_bound_to_the_revision_they_were_built_on(tmp_path: Path) -
     store.compact(fanout=2)
     assert loaded(PointerDataset.open(dataset.uri)) == before
     assert len(before[0]) == len(wanted)
+
+
+def test_an_erasure_says_first_which_pins_it_would_break(tmp_path: Path) -> None:
+    from test_erasure import examples_of, loaded
+
+    store = history_of(tmp_path / "h", EVENTS, days=DAYS)
+    dataset = PointerDataset.create(tmp_path / "p", ["ratings"])
+    dataset.seal(day(6), examples_of(EVENTS, 6), {"ratings": store.snapshot()})
+    correct(store, replaced(EVENTS, 2), 2)
+    version = store.snapshot().version
+    with pytest.raises(PinError, match=r"pointer dataset .*corrected since.*--retire-corrected"):
+        store.erase([3], reason="ticket 7")
+    assert store.snapshot().version == version
+    (lost,) = store.erase([3], reason="ticket 7", dry_run=True).lost
+    assert lost.holder == dataset.uri
+    store.erase([3], reason="ticket 7", retire_corrected=True)
+    with pytest.raises(PinError, match="corrected content"):
+        loaded(PointerDataset.open(dataset.uri))

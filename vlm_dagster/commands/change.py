@@ -82,7 +82,8 @@ def read_user_ids(file: str, kind: pa.DataType) -> pa.Array:
 
 def erasure_facts(report: ErasureReport) -> dict[str, Any]:
     """The report as JSON."""
-    return {**asdict(report), "segments": list(report.segments)}
+    lost = [{"version": one.version, "holder": str(one)} for one in report.lost]
+    return {**vars(report), "segments": list(report.segments), "lost": lost}
 
 
 def show_erasure(report: ErasureReport, console: Console) -> None:
@@ -92,6 +93,8 @@ def show_erasure(report: ErasureReport, console: Console) -> None:
             f"{report.uri}: {report.num_users:,} users have {report.num_rows:,} rows in "
             f"{len(report.segments):,} segments; leave --dry-run out to erase them"
         )
+        for hold in report.lost:
+            console.print(f"cannot be opened afterwards: {hold}, which pins corrected windows")
         return
     console.print(
         f"{report.uri}: erased {report.num_rows:,} rows of {report.num_users:,} users from "

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from vlm_dagster.errors import SchemaError
+from vlm_dagster.errors import PinError, SchemaError
 from vlm_dagster.history.erasure import count_rows_of, erase_rows
+from vlm_dagster.retention.proof import holds_content
 from vlm_dagster.retention.purge import purge
+from vlm_dagster.retention.references import Hold, find_references
 from vlm_dagster.sealed.retired import retire
 from vlm_dagster.sealed.table import SealedTable
+
+if TYPE_CHECKING:
+    from vlm_dagster.sealed.owner import WindowedTable
 
 __all__ = ["ErasureReport", "erase"]
 
@@ -35,6 +40,7 @@ class ErasureReport:
         num_rows: that left, in this call and in earlier ones that were cut short.
         segments: names of those that were rewritten by this call.
         num_files_deleted, num_bytes_deleted: what is off the disk since.
+        lost: pins of windows that were corrected since, which cannot be opened afterwards.
     """
 
     uri: str
@@ -45,26 +51,48 @@ class ErasureReport:
     segments: tuple[str, ...]
     num_files_deleted: int
     num_bytes_deleted: int
+    lost: tuple[Hold, ...]
     dry_run: bool
 
 
 def erase(
-    table: SealedTable,
+    owner: WindowedTable,
     user_ids: Sequence[Any] | pa.Array,
     *,
     reason: str,
+    retire_corrected: bool = False,
     dry_run: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> ErasureReport:
     """Erase users from a table; see `WindowedTable.erase`."""
+    table = owner.sealed_table
     users = _distinct(table, user_ids)
     if not reason.strip():
         raise SchemaError("an erasure without a reason", "Say who asked for it, e.g. a ticket.")
+    lost = _lost(owner)
     if dry_run:
         _, num_rows, segments = count_rows_of(table, users)
-        version = table.state().version
         return ErasureReport(
-            table.uri, "", version, len(users), num_rows, tuple(segments), 0, 0, True
+            uri=table.uri,
+            id="",
+            version=table.state().version,
+            num_users=len(users),
+            num_rows=num_rows,
+            segments=tuple(segments),
+            num_files_deleted=0,
+            num_bytes_deleted=0,
+            lost=lost,
+            dry_run=True,
+        )
+    if lost and not retire_corrected:
+        more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
+        raise PinError(
+            table.uri,
+            pinned=f"{lost[0]} at version {lost[0].version}{more}",
+            found="windows that were corrected since",
+            way_out="Only the version that is pinned has that content, and an erasure retires every "
+            "earlier version: build these pointers anew, unpin, or erase with retire_corrected=True "
+            "(--retire-corrected), after which such pins cannot be opened. Nothing was changed.",
         )
     rewritten: list[str] = []
 
@@ -86,7 +114,18 @@ def erase(
         segments=tuple(rewritten),
         num_files_deleted=purged.num_files,
         num_bytes_deleted=purged.num_bytes,
+        lost=lost,
         dry_run=False,
+    )
+
+
+def _lost(owner: WindowedTable) -> tuple[Hold, ...]:
+    """What pins content that no later version has, so that no pin can be moved forward."""
+    newest = owner.sealed_table.state()
+    return tuple(
+        hold
+        for hold in find_references(owner).holds
+        if hold.version not in newest.retired and not holds_content(newest, hold.pin)
     )
 
 
