@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import histories
-from strategies import day, events_of_day, few, history_of, many_events
+from strategies import day, events_of_day, few, history_of, many_events, seal_days
 from test_erasure import NAMES, erase, examples_of, loaded
 
 from vlm_dagster import HistoryStore, PointerDataset, Projection, SequenceLoader
@@ -207,3 +207,14 @@ def test_a_pin_of_only_dropped_windows_says_so(tmp_path: Path) -> None:
         old.open()
     truth = histories([e for n in range(7) for e in events_of_day(EVENTS, n)])
     assert later.open().count(USERS).tolist() == [len(truth.get(u, [])) for u in USERS]
+
+
+def test_a_pin_of_nothing_stays_a_pin_of_nothing(tmp_path: Path) -> None:
+    store = history_of(tmp_path / "h", EVENTS, days=[])
+    empty = store.snapshot().ref()
+    seal_days(store, EVENTS, DAYS)
+    drop(store, 3)
+    snapshot = empty.open()
+    assert snapshot.version == store.snapshot().version
+    assert snapshot.count(USERS).tolist() == [0] * len(USERS)
+    assert snapshot.num_events == 0

@@ -323,6 +323,8 @@ class Snapshot:
 
     def gone_of(self, user_ids: pa.Array) -> GoneRows:
         """What of these users' histories was sealed and has left since."""
+        if not self._covered:  # where nothing is shown, nothing is missing
+            return GoneRows.none(len(user_ids))
         return self._table.gone_of(self._state.gone, user_ids)
 
     def _events_before_watermark(self, reader: SegmentReader, user_ids: pa.Array) -> I64:

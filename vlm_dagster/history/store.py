@@ -321,7 +321,7 @@ def _check_not_dropped(snapshot: Snapshot, pin: SnapshotRef, state: TableState) 
     """A pin that was moved forward needs the counts of every user at its watermark: these are known
     only if what was dropped since lies before it."""
     dropped = [one.through for one in state.gone.removals if one.kind == "drop"]
-    if not dropped or snapshot.version == pin.version:
+    if not dropped or not snapshot.windows or snapshot.version == pin.version:
         return
     last = max(snapshot.grid.parse(key) for key in dropped)
     if pin.watermark_us is None or last.end_us > pin.watermark_us:
