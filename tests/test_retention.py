@@ -88,7 +88,7 @@ def test_staged_files_and_those_of_others_are_left_alone(store: HistoryStore) ->
 
 
 def test_pins_hold_their_versions_to_the_byte(store: HistoryStore) -> None:
-    old = {name: version for name, version in (("first", 1), ("middle", 5), ("pairs", 12))}
+    old = {"first": 1, "middle": 5, "pairs": 12}
     before = {version: at_version(store, version) for version in old.values()}
     for name, version in old.items():
         store.pin(name, version, reason="test")
