@@ -293,7 +293,7 @@ def test_old_editions_of_the_ledger_go(tmp_path: Path) -> None:
     # What asks for every version of the past still gets an answer.
     assert HistoryStore.open(store.uri).version_covering(day(1)) >= 1
     with pytest.raises(RetiredVersionError):
-        HistoryStore.open(store.uri).snapshot(8)
+        HistoryStore.open(store.uri).snapshot(8).read([0])
 
 
 # -- lifetimes ------------------------------------------------------------------------------------
