@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 Uri = Annotated[str, typer.Argument(help="A history table, a pointer dataset or a checkpoint.")]
+TableUri = Annotated[str, typer.Argument(help="A history table or a pointer dataset.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Options = Annotated[
     list[str] | None,
@@ -232,6 +233,106 @@ def compact(
         _print_json(as_facts(report))
     else:
         show_compaction(report, _console())
+
+
+@app.command()
+def gc(
+    uri: TableUri,
+    delete: Annotated[
+        bool, typer.Option(help="Do it; otherwise only say what would go and what holds the rest.")
+    ] = False,
+    keep_hours: Annotated[
+        float, typer.Option(help="A version is kept so long after it was the newest.")
+    ] = 24.0,
+    move_pins: Annotated[
+        bool, typer.Option(help="Let pins open the newest version where it holds the same content.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Check the newest version's files before pins are moved to it.")
+    ] = False,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(help="The address of a referrer that is gone for good; repeat, or use *."),
+    ] = None,
+    as_json: AsJson = False,
+    storage_option: Options = None,
+) -> None:
+    """Let go of every version of a table that nothing refers to, and delete its files."""
+    from vlm_dagster.commands.gc import as_facts, show_gc, table_of
+    from vlm_dagster.commands.opening import open_any, parse_storage_options
+
+    opened = table_of(open_any(uri, parse_storage_options(storage_option or [])), uri)
+    report = opened.gc(
+        dry_run=not delete,
+        keep_hours=keep_hours,
+        move_pins=move_pins,
+        verify=verify,
+        forget=forget or [],
+    )
+    if as_json:
+        _print_json(as_facts(report))
+    else:
+        show_gc(report, _console())
+
+
+@app.command()
+def pin(
+    uri: TableUri,
+    name: Annotated[str, typer.Argument(help="Letters, digits, '.', '_' and '-'.")],
+    version: Version = None,
+    reason: Annotated[str, typer.Option(help="Why it is to be kept.")] = "",
+    storage_option: Options = None,
+) -> None:
+    """Keep a version of a table under a name, whatever else refers to it."""
+    from vlm_dagster.commands.gc import table_of
+    from vlm_dagster.commands.opening import open_any, parse_storage_options
+
+    opened = table_of(open_any(uri, parse_storage_options(storage_option or [])), uri)
+    made = opened.pin(name, version, reason=reason)
+    _console().print(f"{made.name}: version {made.version} of {opened.uri}, digest {made.digest}")
+
+
+@app.command()
+def unpin(
+    uri: TableUri,
+    name: Annotated[str, typer.Argument(help="The name of a pin.")],
+    storage_option: Options = None,
+) -> None:
+    """Let a named pin go; its version goes with the next gc, unless something else holds it."""
+    from vlm_dagster.commands.gc import table_of
+    from vlm_dagster.commands.opening import open_any, parse_storage_options
+
+    opened = table_of(open_any(uri, parse_storage_options(storage_option or [])), uri)
+    gone = opened.unpin(name)
+    _console().print(f"{gone.name} no longer keeps version {gone.version} of {opened.uri}")
+
+
+@app.command()
+def refer(
+    uri: TableUri,
+    referrer: Annotated[
+        str, typer.Argument(help="A pointer dataset, a checkpoint, or a folder of checkpoints.")
+    ],
+    storage_option: Options = None,
+) -> None:
+    """Enter who refers to a table, so that gc keeps what it needs. Sealing and training do it
+    themselves, where they may write to the table."""
+    from vlm_dagster.commands.gc import referrer_of, table_of
+    from vlm_dagster.commands.opening import open_any, parse_storage_options
+    from vlm_dagster.errors import TableError
+    from vlm_dagster.retention import register
+    from vlm_dagster.storage import normalize_uri
+
+    options = parse_storage_options(storage_option or [])
+    opened = table_of(open_any(uri, options), uri)
+    try:
+        entry = referrer_of(open_any(referrer, options), referrer)
+    except TableError:
+        if "://" not in referrer and not Path(referrer).is_dir():
+            raise
+        entry = referrer_of(None, normalize_uri(referrer))
+    done = register(opened.sealed_table, entry)
+    _console().print(f"{entry} {'is' if done else 'was already'} entered in {opened.uri}")
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_dagster.commands.opening import CheckpointFolder, Opened
+from vlm_dagster.commands.versions import describe_versions, show_versions
 from vlm_dagster.errors import WindowError
 from vlm_dagster.history import HistoryStore
 from vlm_dagster.history.inventory import inventory
@@ -22,7 +23,7 @@ __all__ = ["describe", "show"]
 
 _MOST_SEGMENTS = 20
 _OWN_TABLES = frozenset(
-    {"windows", "pins", "group", "spec", "metrics", "model", "environment"}
+    {"windows", "pins", "group", "spec", "metrics", "model", "environment", "versions"}
     | {"segments", "bands", "columns"}
 )
 
@@ -51,8 +52,12 @@ def describe(
             "pins": dict(manifest.pins),
         }
     if isinstance(opened, HistoryStore):
-        return _describe_history(opened, version, window)
-    return _describe_pointers(opened, version, window)
+        facts = _describe_history(opened, version, window)
+    else:
+        facts = _describe_pointers(opened, version, window)
+    if version is None and window is None:
+        facts["versions"] = describe_versions(opened)
+    return facts
 
 
 def _describe_history(
@@ -158,6 +163,8 @@ def show(facts: dict[str, Any], console: Console, *, max_windows: int = 20) -> N
             console.print(table)
     if "segments" in facts:
         _show_files(facts, console)
+    if "versions" in facts:
+        show_versions(facts["versions"], console)
     windows = facts.get("windows", [])
     if windows:
         console.print(_window_table(windows[-max_windows:]))

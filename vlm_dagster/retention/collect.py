@@ -203,7 +203,7 @@ def find_holding(
             lost.append(hold)
         else:
             held.setdefault(version, []).append(hold)
-    since = _recent_since(lifetimes, keep_hours)
+    since = max(_recent_since(lifetimes, keep_hours), newest.retired.below)
     retired_next = newest.retired
     if not references.holds_all:
         retired_next = newest.retired.further(since, list(held), "gc")
