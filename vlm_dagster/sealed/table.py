@@ -32,7 +32,7 @@ from vlm_dagster.sealed.opening import create_delta, open_delta, plain, read_dec
 from vlm_dagster.sealed.reader import NoIndexError, SegmentReader
 from vlm_dagster.sealed.segments import Segment, find_segments
 from vlm_dagster.sealed.spec import TableSpec
-from vlm_dagster.sealed.staging import StagedWindow, whole_users, write_window
+from vlm_dagster.sealed.staging import StagedWindow, write_window
 from vlm_dagster.sealed.stats import ReadStats
 from vlm_dagster.sealed.versions import Versions
 from vlm_dagster.storage import normalize_uri, open_storage
@@ -180,26 +180,28 @@ class SealedTable:
 
         Args:
             rows: validated rows, of `schema` plus `bucket` (int32) and `row` (int64, the number
-                of the row in the input, from 0).
-            finish: turns the rows, sorted by (`bucket`, the table's sort columns as far as the rows
-                have them, `row`) in chunks that hold users whole, into rows as stored plus
-                `bucket`, in the table's order.
+                of the row in the input, from 0, ascending).
+            finish: turns the rows of a bucket, sorted by (the table's sort columns as far as the
+                rows have them, `row`) in chunks that hold users whole, into rows as stored, in the
+                table's order. Called for several buckets at a time, in threads.
             facts: what to record beside the digest.
             counts: asked at the end for what was counted on the way, e.g. {"num_duplicates": 3}.
             again: write files even if the window is sealed, to correct it.
         """
         dry = window.index in state.sealed and not again
-        incoming = pa.schema([*schema, pa.field("bucket", pa.int32()), pa.field("row", pa.int64())])
-        by = ["bucket", *(c for c in self.spec.sort_columns if c in schema.names), "row"]
+        incoming = schema.append(pa.field("row", pa.int64()))
+        by = [*(c for c in self.spec.sort_columns if c in schema.names), "row"]
         with self.storage.scratch() as scratch:
-            ordered = engine.sort(rows, incoming, by, scratch)
             try:
                 files, digest, num_users = write_window(
                     self.storage,
                     self.spec,
                     self.table_id,
                     window,
-                    finish(whole_users(ordered)),
+                    lambda work: engine.map_buckets(
+                        rows, incoming, by, self.spec.num_buckets, scratch, work
+                    ),
+                    finish,
                     scratch,
                     dry=dry,
                 )
