@@ -25,6 +25,8 @@ _CONFIGURATION = {
     "delta.enableExpiredLogCleanup": "false",
     "delta.logRetentionDuration": "interval 36500 days",
     "delta.deletedFileRetentionDuration": "interval 36500 days",
+    # Opening replays what was committed since the newest checkpoint, so this bounds what it costs.
+    "delta.checkpointInterval": "10",
 }
 
 
