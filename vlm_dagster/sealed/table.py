@@ -26,6 +26,7 @@ from vlm_dagster.errors import (
 from vlm_dagster.hashing import bucket_of
 from vlm_dagster.sealed.foreign import ForeignReader
 from vlm_dagster.sealed.gone import Gone, GoneRows, GoneUsers
+from vlm_dagster.sealed.handles import NewestHandle
 from vlm_dagster.sealed.lifetimes import Kept, Lifetimes
 from vlm_dagster.sealed.log import LogReader, TableState
 from vlm_dagster.sealed.opening import create_delta, open_delta, plain, read_declaration
@@ -50,14 +51,15 @@ class SealedTable:
         self,
         uri: str,
         spec: TableSpec,
-        table_id: str,
+        handle: DeltaTable,
         storage_options: Mapping[str, str] | None,
     ) -> None:
         self.uri = uri
         self.spec = spec
-        self.table_id = table_id
+        self.table_id = str(handle.metadata().id)
         self.storage = open_storage(uri, storage_options)
         self.storage_options = plain(storage_options)
+        self.newest = NewestHandle(self.storage, self.handle, handle)
         self.log = LogReader(self.storage)
         self.versions = Versions(uri, spec, self.log, self.state)
         self.stats = ReadStats()
@@ -75,7 +77,7 @@ class SealedTable:
         """Create the table, or open it if it is there with the same declaration."""
         uri = normalize_uri(uri)
         create_delta(uri, spec, options)
-        declared, table_id = read_declaration(uri, spec.kind, options)
+        declared, handle = read_declaration(uri, spec.kind, options)
         wanted = spec.to_json()
         for name in sorted({*declared, *wanted}):
             if declared.get(name) != wanted.get(name):
@@ -85,7 +87,7 @@ class SealedTable:
                     f"{wanted.get(name)!r}",
                     "Open it with `open`, declare the same values, or create a new table.",
                 )
-        return cls(uri, spec, table_id, options)
+        return cls(uri, spec, handle, options)
 
     @classmethod
     def open(
@@ -97,8 +99,8 @@ class SealedTable:
     ) -> SealedTable:
         """Open an existing table. `revive` makes the spec from its declaration."""
         uri = normalize_uri(uri)
-        declared, table_id = read_declaration(uri, kind, options)
-        return cls(uri, revive(declared), table_id, options)
+        declared, handle = read_declaration(uri, kind, options)
+        return cls(uri, revive(declared), handle, options)
 
     def handle(self, version: int | None = None) -> DeltaTable:
         """A Delta handle at a version (the newest if None), checked to be this very table."""
@@ -119,6 +121,9 @@ class SealedTable:
             with contextlib.suppress(FileNotFoundError):
                 found = self.log.state(version, self.spec.grid, self.spec.start_index)
                 return replace(found, load_gone=lambda: self._ledger_of(found))
+        if version is None:
+            with self.newest.lent() as handle:
+                return self.state_of(handle)
         return self.state_of(self.handle(version))
 
     def _ledger_of(self, state: TableState) -> Gone:
