@@ -1,7 +1,8 @@
 """The engine of one machine: threads, in a bounded amount of memory, spilling to disk.
 
 Rows are put by bucket while they are read; then every bucket is sorted in memory and worked on,
-several at a time. Buckets too large for that are sorted by DuckDB, one after another.
+several at a time. One that is too large for that is split by ranges of users first, and of these DuckDB
+sorts what is still too large.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import pyarrow.compute as pc
 
 from vlm_dagster.engines.external import sorted_by_duckdb, whole_users
 from vlm_dagster.engines.order import sorted_order
-from vlm_dagster.engines.partition import Partition, Partitions
+from vlm_dagster.engines.partition import MAX_PARTITIONS, Partition, Partitions
 
 __all__ = ["LocalEngine"]
 
@@ -37,6 +38,8 @@ _UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", 1)}
 _UNITS |= {f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", 1)}
 # A bucket that is sorted in memory is there twice, with keys and whatever is made of its rows.
 _COPIES = 2.5
+# Of one that comes in pieces, the last piece is still being written when the next is sorted.
+_COPIES_OF_PIECES = 4.0
 # Batches that are read but not yet put by bucket.
 _MAX_WAITING = 2
 # Fewer rows are worked on sooner than threads are started.
@@ -91,21 +94,37 @@ class LocalEngine:
         held.clear()
         budget = _Budget(limit - limit // 4)
 
-        def sorted_rows(part: Partition, fits: bool) -> Generator[pa.RecordBatch, None, None]:
-            alone = part.bucket is not None
-            fields, keys = (schema, by) if alone else (_with_bucket(schema), ["bucket", *by])
-            if fits:
-                yield _sorted(part.take(), fields, keys)
-                return
-            found = sorted_by_duckdb(
-                part.take(), fields, keys, scratch, memory_bytes=budget.num_bytes, threads=threads
-            )
-            with contextlib.closing(found):
-                yield from whole_users(found, by[0])
-
         def run(part: Partition) -> list[T]:
-            with budget.take(int(_COPIES * part.num_bytes)) as fits:
-                rows = sorted_rows(part, fits)
+            alone = part.bucket is not None
+            order = by if alone else ["bucket", *by]
+            fields = schema if alone else _with_bucket(schema)
+            copies = _COPIES
+            pieces = [part]
+            if copies * part.num_bytes > budget.num_bytes:
+                # Several pieces are in several stages at a time, and so may be several buckets.
+                copies = _COPIES_OF_PIECES
+                num = int(1.2 * copies * part.num_bytes * threads / budget.num_bytes) + 1
+                pieces = part.split(order[0], min(num, MAX_PARTITIONS))
+            wanted = [int(copies * piece.num_bytes) for piece in pieces]
+
+            def chunks() -> Generator[pa.RecordBatch, None, None]:
+                for piece, num_bytes in zip(pieces, wanted, strict=True):
+                    if num_bytes <= budget.num_bytes:
+                        yield _sorted(piece.take(), fields, order)
+                        continue
+                    found = sorted_by_duckdb(
+                        piece.stream(),
+                        fields,
+                        order,
+                        scratch,
+                        memory_bytes=budget.num_bytes // 2,
+                        threads=threads,
+                    )
+                    with contextlib.closing(found):
+                        yield from whole_users(found, by[0])
+
+            with budget.taken(max(wanted)):
+                rows = chunks()
                 with contextlib.closing(rows):
                     if part.bucket is not None:
                         return [work(part.bucket, rows)]
@@ -136,14 +155,14 @@ class _Budget:
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def take(self, num_bytes: int) -> Iterator[bool]:
-        """Yields whether that is not more than there ever is; if it is, all is taken."""
+    def taken(self, num_bytes: int) -> Iterator[None]:
+        """With so many of them; all, where that is more than there are."""
         taken = min(num_bytes, self.num_bytes)
         with self._changed:
             self._changed.wait_for(lambda: self._left >= taken)
             self._left -= taken
         try:
-            yield num_bytes <= self.num_bytes
+            yield
         finally:
             with self._changed:
                 self._left += taken
