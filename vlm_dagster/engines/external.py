@@ -12,6 +12,9 @@ __all__ = ["sorted_by_duckdb", "whole_users"]
 
 _ROWS_PER_BATCH = 122_880  # DuckDB's own row group: no copying to re-chunk
 
+_LEAST_BYTES = 32_000_000
+_BYTES_PER_THREAD = 64_000_000
+
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
     # DuckDB would need its ICU extension to carry time zones; it sorts integers as well.
@@ -30,18 +33,20 @@ def sorted_by_duckdb(
     """The same rows in order.
 
     Args:
-        memory_bytes: what DuckDB may hold before it spills.
+        memory_bytes: what DuckDB may hold before it spills; it needs some to work at all.
+        threads: the most that it uses, each of which needs memory of its own.
 
     Raises:
         OSError: the disk that it spills to failed, or is full.
     """
     import duckdb
 
+    memory_bytes = max(memory_bytes, _LEAST_BYTES)
     plain = pa.schema([pa.field(f.name, _plain_type(f.type)) for f in schema])
     connection = duckdb.connect(
         ":memory:",
         config={
-            "threads": threads,
+            "threads": max(min(threads, memory_bytes // _BYTES_PER_THREAD), 1),
             "memory_limit": f"{memory_bytes // 1000}KB",
             "temp_directory": str(scratch),
             "autoinstall_known_extensions": "false",
