@@ -124,7 +124,10 @@ def _attempted(table: SealedTable, handle: DeltaTable, staged: StagedWindow) -> 
         raise
     except (DeltaError, OSError) as error:
         # With the commit in place, deltalake goes on to a checkpoint, which may fail by itself.
-        if (version := _version_of(table, staged, base)) is None:
+        version = None
+        with contextlib.suppress(OSError):
+            version = _version_of(table, staged, base)
+        if version is None:
             raise StorageError(table.uri, f"committing window {window.key}", error) from error
     else:
         version = _version_of(table, staged, base)
@@ -189,10 +192,9 @@ def _check_in_place(table: SealedTable, staged: StagedWindow) -> None:
 def _version_of(table: SealedTable, staged: StagedWindow, base: int) -> int | None:
     """The version after `base` that sealed a window as staged, if there is one."""
     wanted = {lock_id(staged.window), _facts_id(staged)}
-    with contextlib.suppress(OSError):
-        for version, transactions in table.log.commits_after(base):
-            if wanted <= transactions.keys():
-                return version
+    for version, transactions in table.log.commits_after(base):
+        if wanted <= transactions.keys():
+            return version
     return None
 
 

@@ -18,12 +18,13 @@ Ids (`SEG` is the window's key as a partition value):
 from __future__ import annotations
 
 import json
+import operator
 import re
 import threading
 from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, SupportsIndex
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -162,7 +163,9 @@ class _SealedWindows(Mapping[int, SealedWindow]):
         return {sealed.window.index: sealed for sealed in windows}
 
     def __contains__(self, index: object) -> bool:
-        return isinstance(index, int) and self._grid.at(index).segment in self._facts
+        if not isinstance(index, SupportsIndex):
+            return False
+        return self._grid.at(operator.index(index)).segment in self._facts
 
     def __getitem__(self, index: int) -> SealedWindow:
         return self._read(self._facts[self._grid.at(index).segment])
