@@ -91,7 +91,7 @@ def test_only_the_graph_knows_torchdata() -> None:
 
 
 def test_only_the_engine_knows_duckdb_in_the_core() -> None:
-    assert [m for m in below(*CORE) if "duckdb" in packages(PACKAGE / m)] == ["engines/local.py"]
+    assert [m for m in below(*CORE) if "duckdb" in packages(PACKAGE / m)] == ["engines/external.py"]
 
 
 def loaded_by(statement: str) -> set[str]:

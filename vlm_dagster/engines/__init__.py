@@ -1,31 +1,52 @@
-"""Where bulk work runs. An engine sorts a stream of rows that need not fit into memory.
+"""Where bulk work runs. An engine brings together the rows of every bucket, sorted, though all of
+them need not fit into memory, and has each bucket worked on.
 
-The local engine (DuckDB, which spills) is the only one so far; another needs to offer `Engine`.
+The local engine (threads, with DuckDB for what is too large for memory) is the only one so far;
+another needs to offer `Engine`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import pyarrow as pa
 
 __all__ = ["Engine"]
 
+T = TypeVar("T")
+
 
 class Engine(Protocol):
-    """Sorts rows, ascending and without nulls; strings by their UTF-8 bytes."""
+    """Sorts rows by bucket, ascending and without nulls; strings by their UTF-8 bytes."""
 
-    def sort(
+    def map_buckets(
         self,
         batches: Iterator[pa.RecordBatch],
         schema: pa.Schema,
         by: Sequence[str],
+        num_buckets: int,
         scratch: Path,
-    ) -> Iterator[pa.RecordBatch]:
-        """The same rows ordered by the columns `by`. `scratch` is a local folder for spilling.
+        work: Callable[[int, Iterator[pa.RecordBatch]], T],
+    ) -> list[T]:
+        """Call `work(bucket, rows)` once for every bucket that has rows.
 
-        An exception raised by `batches` comes out unchanged.
+        Args:
+            batches: rows of `schema` plus `bucket`: int32, in [0, num_buckets). All of them are read
+                before the first call, so a source that fails leaves nothing done.
+            by: the columns to sort the rows of a bucket by. The first names whose rows they are,
+                the last numbers them in the order of the input.
+            scratch: a local folder for spilling, and for what `work` likes to write.
+            work: gets rows of `schema`, sorted, in chunks (at least one, none empty) that hold the
+                rows of a user whole. Several calls may run at a time, in threads.
+
+        Returns:
+            What the calls returned, in ascending order of bucket, whichever came first.
+
+        Raises:
+            OSError: the disk that it spills to failed, or is full.
+            Whatever `batches` or `work` raised, unchanged. Of several calls that would fail, the
+            same one fails each time.
         """
         ...

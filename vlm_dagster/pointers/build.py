@@ -1,14 +1,14 @@
 """From requests to pointers: count what was available before each request, and checksum it.
 
-Works on chunks of requests, sorted by (bucket, user), that hold users whole. Only two things are
+Works on chunks of requests, sorted by user, that hold users whole. Only two things are
 read from the histories: the times of the events in the request's own window (all windows before
 count as a whole, from the files' indices), and the ids and times of the events that the pointers span.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ __all__ = ["PointerBuilder"]
 
 I64 = npt.NDArray[np.int64]
 
+_MAX_REQUESTS_AT_ONCE = 131_072
+
 
 class PointerBuilder:
     """Resolves requests of one window against one snapshot of each group; counts as it goes.
@@ -43,15 +45,12 @@ class PointerBuilder:
         self._snapshots = snapshots
         self.num_empty = 0
         self.num_unknown = 0
+        self._lock = threading.Lock()
 
     def __call__(self, chunks: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Requests, with `bucket`, in; pointers, with `bucket`, out, in the table's order."""
+        """Requests in, sorted, with users whole; pointers out, in the table's order."""
         for chunk in chunks:
-            buckets = chunk.column("bucket").to_numpy()
-            edges = [0, *(np.flatnonzero(np.diff(buckets)) + 1).tolist(), len(buckets)]
-            for start, end in pairwise(edges):
-                if end > start:
-                    yield self._resolve(chunk.slice(start, end - start))
+            yield from map(self._resolve, _portions(chunk))
 
     def _resolve(self, requests: pa.RecordBatch) -> pa.RecordBatch:
         users, num_requests = run_lengths(requests.column("user_id"))
@@ -78,11 +77,11 @@ class PointerBuilder:
                 columns[name] = values.cast(TIME_TYPE) if part.endswith("_time") else values
             empty &= length == 0
             known |= indices[group].num_events > 0
-        self.num_empty += int(empty.sum())
-        self.num_unknown += int((~known[rank]).sum())
+        with self._lock:
+            self.num_empty += int(empty.sum())
+            self.num_unknown += int((~known[rank]).sum())
         names = self._spec.schema.names
         built = pa.record_batch([columns[name] for name in names], names=names)
-        built = built.append_column("bucket", requests.column("bucket"))
         if self._spec.request == "event_id":
             # They came sorted by (user, id): their times were not known then.
             built = built.take(_order(rank, times, requests.column("request_id")))
@@ -152,6 +151,20 @@ class PointerBuilder:
             "available_at), or use a dataset with request='request_time'.",
             num_rows=int(bad.sum()),
         )
+
+
+def _portions(chunk: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Requests of whole users, so many at a time as are resolved at once."""
+    _, counts = run_lengths(chunk.column("user_id"))
+    ends = np.cumsum(counts)
+    begin = 0
+    while begin < chunk.num_rows:
+        fit = int(np.searchsorted(ends, begin + _MAX_REQUESTS_AT_ONCE, side="right"))
+        end = int(ends[fit - 1]) if fit else 0
+        if end <= begin:  # one user with more
+            end = int(ends[fit])
+        yield chunk.slice(begin, end - begin)
+        begin = end
 
 
 def _as_int(times: pa.Array) -> I64:

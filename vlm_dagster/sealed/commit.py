@@ -6,6 +6,7 @@ exactly one through; the others find the window sealed and compare digests.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, replace
 
@@ -87,29 +88,13 @@ def commit_window(table: SealedTable, staged: StagedWindow) -> Sealed:
     window = staged.window
     problem: BaseException | None = None
     for attempt in range(_MAX_TRIES):
-        handle = table.handle()
-        state = table.state_of(handle)
-        if window.index in state.sealed:
-            return _reuse(table, staged, state)
-        table.check_window(window, state)
-        if staged.already_sealed:
-            raise TableError(
-                table.uri,
-                f"window {window.key} was sealed when it was staged, but is not any more",
-                "Stage it again.",
-            )
-        _check_in_place(table, staged)
-        check_not_erased(table, staged, state)
         try:
-            _commit_once(table, handle, staged, state)
+            with table.newest.lent() as handle:
+                return _attempted(table, handle, staged)
         except CommitFailedError as error:
-            # Somebody committed since the handle was opened: look again.
+            # Somebody committed since the handle was brought up to date: look again.
             problem = error
             time.sleep(min(0.002 * 2**attempt, 0.25))
-            continue
-        except (DeltaError, OSError) as error:
-            raise StorageError(table.uri, f"committing window {window.key}", error) from error
-        return _committed(table, staged, int(handle.version()))
     raise StorageError(
         table.uri,
         f"committing window {window.key} ({_MAX_TRIES} tries, others kept winning)",
@@ -117,12 +102,50 @@ def commit_window(table: SealedTable, staged: StagedWindow) -> Sealed:
     )
 
 
+def _attempted(table: SealedTable, handle: DeltaTable, staged: StagedWindow) -> Sealed:
+    """One try. CommitFailedError if somebody else committed since the handle's version."""
+    window = staged.window
+    state = table.state_of(handle)
+    if window.index in state.sealed:
+        return _reuse(table, staged, state)
+    table.check_window(window, state)
+    if staged.already_sealed:
+        raise TableError(
+            table.uri,
+            f"window {window.key} was sealed when it was staged, but is not any more",
+            "Stage it again.",
+        )
+    _check_in_place(table, staged)
+    check_not_erased(table, staged, state)
+    base = int(handle.version())
+    try:
+        _commit_once(table, handle, staged, state)
+    except CommitFailedError:
+        raise
+    except (DeltaError, OSError) as error:
+        # With the commit in place, deltalake goes on to a checkpoint, which may fail by itself.
+        version = None
+        with contextlib.suppress(OSError):
+            version = _version_of(table, staged, base)
+        if version is None:
+            raise StorageError(table.uri, f"committing window {window.key}", error) from error
+    else:
+        version = _version_of(table, staged, base)
+    if version is None:
+        raise AssertionError(f"{table.uri}: the commit of window {window.key} is not in the log")
+    return Sealed.of(staged, version, reused=False)
+
+
+def _facts_id(staged: StagedWindow) -> str:
+    facts = {"key": staged.window.key, "digest": staged.digest, **staged.facts}
+    return facts_id(staged.window, 1, facts)
+
+
 def _commit_once(
     table: SealedTable, handle: DeltaTable, staged: StagedWindow, state: TableState
 ) -> None:
     window = staged.window
-    facts = {"key": window.key, "digest": staged.digest, **staged.facts}
-    locks = [Transaction(lock_id(window), 1), Transaction(facts_id(window, 1, facts), 1)]
+    locks = [Transaction(lock_id(window), 1), Transaction(_facts_id(staged), 1)]
     if state.start is None:
         locks.append(Transaction(START_ID, window.index))
     now_ms = int(time.time() * 1000)
@@ -166,12 +189,13 @@ def _check_in_place(table: SealedTable, staged: StagedWindow) -> None:
             )
 
 
-def _committed(table: SealedTable, staged: StagedWindow, base: int) -> Sealed:
-    lock = lock_id(staged.window)
+def _version_of(table: SealedTable, staged: StagedWindow, base: int) -> int | None:
+    """The version after `base` that sealed a window as staged, if there is one."""
+    wanted = {lock_id(staged.window), _facts_id(staged)}
     for version, transactions in table.log.commits_after(base):
-        if lock in transactions:
-            return Sealed.of(staged, version, reused=False)
-    raise AssertionError(f"{table.uri}: the commit of {lock} is not in the log")
+        if wanted <= transactions.keys():
+            return version
+    return None
 
 
 def _reuse(table: SealedTable, staged: StagedWindow, state: TableState) -> Sealed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Literal
 
@@ -17,8 +18,8 @@ __all__ = ["DuplicateFilter"]
 class DuplicateFilter:
     """Drops or refuses rows of one user with the same id; keeps the first in input order.
 
-    Works on chunks that hold users whole. A 64-bit hash of (user, id) finds the candidates; only
-    these, a handful at most, are then compared for real.
+    Works on chunks that hold users whole, of several buckets at a time if need be. A 64-bit hash of
+    (user, id) finds the candidates; only these, a handful at most, are then compared for real.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class DuplicateFilter:
         self._policy = policy
         self._error = error
         self.num_duplicates = 0
+        self._lock = threading.Lock()
 
     def __call__(self, chunks: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for chunk in chunks:
@@ -40,7 +42,8 @@ class DuplicateFilter:
                     self._refuse(chunk, extra[0], len(extra))
                 keep = np.ones(chunk.num_rows, bool)
                 keep[extra] = False
-                self.num_duplicates += len(extra)
+                with self._lock:
+                    self.num_duplicates += len(extra)
                 chunk = chunk.filter(pa.array(keep))
             yield chunk
 
@@ -50,9 +53,10 @@ class DuplicateFilter:
         keys ^= id_words(chunk.column(self._id))
         keys = mix64(keys)
         ordered = np.sort(keys)
-        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-        if not len(repeated):
+        same = ordered[1:] == ordered[:-1]
+        if not same.any():
             return []
+        repeated = ordered[1:][same]
         rows = np.flatnonzero(np.isin(keys, repeated))
         some = chunk.take(pa.array(rows))
         users = some.column("user_id").to_pylist()

@@ -24,6 +24,8 @@ Rows = Any
 """Arrow table, record batch, reader, iterable of batches, Arrow C stream, or Parquet path(s)."""
 
 _BATCH_ROWS = 131_072
+_PORTION_ROWS = 8 * _BATCH_ROWS
+_BYTES_READ_AHEAD = 128 << 20
 _UTC = {"UTC", "Etc/UTC", "+00:00", "Z", "GMT", "Etc/GMT"}
 _INT_BITS = {pa.int8(): 8, pa.int16(): 16, pa.int32(): 32, pa.int64(): 64}
 _UINT_BITS = {pa.uint8(): 8, pa.uint16(): 16, pa.uint32(): 32, pa.uint64(): 64}
@@ -244,6 +246,22 @@ def _no_rows(schema: pa.Schema) -> pa.RecordBatch:
     return pa.record_batch([pa.array([], f.type) for f in schema], schema=schema)
 
 
+def _portions(metadata: pq.FileMetaData) -> tuple[list[list[int]], int]:
+    """Adjacent row groups of a file, some batches of rows together, and the bytes of the largest."""
+    portions: list[list[int]] = []
+    num_rows = num_bytes = largest = 0
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        if not portions or num_rows + group.num_rows > _PORTION_ROWS:
+            portions.append([])
+            num_rows = num_bytes = 0
+        portions[-1].append(i)
+        num_rows += group.num_rows
+        num_bytes += group.total_byte_size
+        largest = max(largest, num_bytes)
+    return portions, largest
+
+
 def _parquet(path: str) -> Iterator[tuple[str, int, pa.RecordBatch]]:
     filesystem, inner = (
         pyarrow.fs.FileSystem.from_uri(path)
@@ -252,13 +270,20 @@ def _parquet(path: str) -> Iterator[tuple[str, int, pa.RecordBatch]]:
     )
     try:
         with filesystem.open_input_file(inner) as source:
-            file = pq.ParquetFile(source)
+            metadata = pq.read_metadata(source)
+            portions, largest = _portions(metadata)
+            # Read ahead, columns are decoded in parallel; but all that is asked for at once is held
+            # until its last row is handed over. So a portion at a time, unless that is much.
+            file = pq.ParquetFile(
+                source, metadata=metadata, pre_buffer=largest <= _BYTES_READ_AHEAD
+            )
             offset = 0
-            if file.metadata.num_rows == 0:
+            if metadata.num_rows == 0:
                 yield path, 0, _no_rows(file.schema_arrow)
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                yield path, offset, batch
-                offset += batch.num_rows
+            for groups in portions:
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
+                    yield path, offset, batch
+                    offset += batch.num_rows
     except FileNotFoundError:
         raise SchemaError(f"there is no file {path}", "Check the path.") from None
     except (pa.ArrowInvalid, OSError) as error:

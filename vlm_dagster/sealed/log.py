@@ -18,13 +18,15 @@ Ids (`SEG` is the window's key as a partition value):
 from __future__ import annotations
 
 import json
+import operator
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, SupportsIndex
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vlm_dagster.hashing import Digest
@@ -87,7 +89,7 @@ class TableState:
     version: int
     grid: WindowGrid
     start: int | None
-    sealed: dict[int, SealedWindow]
+    sealed: Mapping[int, SealedWindow]
     load_gone: Callable[[], Gone] = field(default=Gone, hash=False, compare=False)
     load_retired: Callable[[], Retired] = field(default=Retired, hash=False, compare=False)
 
@@ -110,9 +112,10 @@ class TableState:
     def covered(self) -> list[SealedWindow]:
         """The sealed windows from the start up to the first gap, oldest first."""
         found: list[SealedWindow] = []
+        sealed = dict(self.sealed)
         index = self.start
-        while index is not None and index in self.sealed:
-            found.append(self.sealed[index])
+        while index is not None and index in sealed:
+            found.append(sealed[index])
             index += 1
         return found
 
@@ -137,6 +140,47 @@ class TableState:
             and self.start <= window.index
             and window.index < self.start + len(self.covered)
         )
+
+
+class _SealedWindows(Mapping[int, SealedWindow]):
+    """Windows by index, each read when it is asked for: sealing asks for one of thousands.
+
+    Args:
+        facts: their facts' ids, by segment name.
+        read: gives the window of an id.
+    """
+
+    def __init__(
+        self, facts: dict[str, str], grid: WindowGrid, read: Callable[[str], SealedWindow]
+    ) -> None:
+        self._facts = facts
+        self._grid = grid
+        self._read = read
+
+    @cached_property
+    def _by_index(self) -> dict[int, SealedWindow]:
+        windows = map(self._read, self._facts.values())
+        return {sealed.window.index: sealed for sealed in windows}
+
+    def __contains__(self, index: object) -> bool:
+        if not isinstance(index, SupportsIndex):
+            return False
+        return self._grid.at(operator.index(index)).segment in self._facts
+
+    def __getitem__(self, index: int) -> SealedWindow:
+        return self._read(self._facts[self._grid.at(index).segment])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._by_index)
+
+    def items(self) -> ItemsView[int, SealedWindow]:
+        return self._by_index.items()
+
+    def values(self) -> ValuesView[SealedWindow]:
+        return self._by_index.values()
+
+    def __len__(self) -> int:
+        return len(self._facts)
 
 
 class LogReader:
@@ -164,7 +208,7 @@ class LogReader:
         with self._lock:
             known_version, known = self._known
         if known_version > version or known_version < 0:
-            known_version, known = self._from_checkpoint(version)
+            known_version, known = self._from_last_checkpoint(version)
         try:
             found = self._replayed(known_version, known, version)
         except FileNotFoundError:  # a cleanup took commits that a checkpoint stands for now
@@ -200,6 +244,20 @@ class LogReader:
                 return
             yield version, found
 
+    def _from_last_checkpoint(self, version: int) -> tuple[int, dict[str, int]]:
+        """From the checkpoint that the log itself points at, which saves listing it; unless that is
+        too new, gone, or of a kind that does not follow from its version."""
+        try:
+            hint = json.loads(self._storage.read_bytes("_delta_log/_last_checkpoint"))
+            number = int(hint["version"])
+            if number <= version and not {"parts", "v2Checkpoint"} & {
+                key for key, value in hint.items() if value is not None
+            }:
+                return number, self._checkpointed(f"_delta_log/{number:020d}.checkpoint.parquet")
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass
+        return self._from_checkpoint(version)
+
     def _from_checkpoint(self, version: int) -> tuple[int, dict[str, int]]:
         parts: dict[int, list[str]] = {}
         for info in self._storage.list("_delta_log"):
@@ -211,30 +269,39 @@ class LogReader:
         newest = max(parts)
         found: dict[str, int] = {}
         for path in parts[newest]:
-            with self._storage.open_input(path) as source:
-                table = pq.read_table(source, columns=["txn"])
-            for action in table.column("txn").drop_null().to_pylist():
-                if action["appId"] is not None:
-                    found[action["appId"]] = action["version"]
+            found.update(self._checkpointed(path))
         return newest, found
+
+    def _checkpointed(self, path: str) -> dict[str, int]:
+        """The application transactions of one file of a checkpoint."""
+        with self._storage.open_input(path) as source:
+            actions = pq.ParquetFile(source).read(columns=["txn.appId", "txn.version"])
+        found: dict[str, int] = {}
+        for chunk in actions.column("txn").chunks:
+            some = pc.is_valid(pc.struct_field(chunk, "appId"))
+            ids, versions = (
+                pc.struct_field(chunk, name).filter(some).to_pylist()
+                for name in ("appId", "version")
+            )
+            found.update(zip(ids, versions, strict=True))
+        return found
 
     def state(self, version: int, grid: WindowGrid, start: int | None) -> TableState:
         """What is sealed at a version. `start` is the declared first window, if any."""
         transactions = self.transactions(version)
         start = transactions.get(START_ID, start) if start is None else start
-        sealed: dict[int, SealedWindow] = {}
+        facts: dict[str, str] = {}
         for app_id in transactions:
             if not app_id.startswith("vlm.facts/"):
                 continue
             _, segment, revision, _ = app_id.split("/", 3)
             if transactions.get(f"vlm.window/{segment}") == int(revision):  # else superseded
-                found = self._window(app_id, grid)
-                sealed[found.window.index] = found
+                facts[segment] = app_id
         return TableState(
             version,
             grid,
             start,
-            sealed,
+            _SealedWindows(facts, grid, lambda app_id: self._window(app_id, grid)),
             load_gone=lambda: self._gone_at(transactions),
             load_retired=lambda: self._retired_at(transactions),
         )

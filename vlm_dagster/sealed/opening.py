@@ -25,6 +25,8 @@ _CONFIGURATION = {
     "delta.enableExpiredLogCleanup": "false",
     "delta.logRetentionDuration": "interval 36500 days",
     "delta.deletedFileRetentionDuration": "interval 36500 days",
+    # Opening replays what was committed since the newest checkpoint, so this bounds what it costs.
+    "delta.checkpointInterval": "10",
 }
 
 
@@ -97,28 +99,28 @@ def open_delta(uri: str, version: int | None, options: Mapping[str, str] | None)
 
 def table_kind(uri: str, options: Mapping[str, str] | None) -> str:
     """What kind of sealed table lies there: "history" or "pointers"; TableError if none does."""
-    declared, _ = _read_declaration(uri, options)
-    return str(declared["kind"])
+    return str(_declared(uri, open_delta(uri, None, options))["kind"])
 
 
 def read_declaration(
     uri: str, kind: str, options: Mapping[str, str] | None
-) -> tuple[dict[str, Any], str]:
-    """What a table was declared to be, and its id; TableError unless it is one of ours."""
-    declared, table_id = _read_declaration(uri, options)
+) -> tuple[dict[str, Any], DeltaTable]:
+    """What a table was declared to be, and the handle that says so; TableError unless it is one of
+    ours."""
+    handle = open_delta(uri, None, options)
+    declared = _declared(uri, handle)
     if declared["kind"] != kind:
         raise TableError(
             uri,
             f"this is a {declared['kind']} table, not a {kind} table",
             "Open it with the class of its own kind.",
         )
-    return declared, table_id
+    return declared, handle
 
 
-def _read_declaration(uri: str, options: Mapping[str, str] | None) -> tuple[dict[str, Any], str]:
-    metadata = open_delta(uri, None, options).metadata()
+def _declared(uri: str, handle: DeltaTable) -> dict[str, Any]:
     try:
-        declared = json.loads(metadata.description or "")["vlm"]
+        declared: dict[str, Any] = json.loads(handle.metadata().description or "")["vlm"]
         number, _ = int(declared["format"]), declared["kind"]
     except (ValueError, KeyError, TypeError):
         raise TableError(
@@ -138,4 +140,4 @@ def _read_declaration(uri: str, options: Mapping[str, str] | None) -> tuple[dict
             f"the table has format {number}, older than this code's {TABLE_FORMAT}",
             "Seal its events into a new table.",
         )
-    return declared, str(metadata.id)
+    return declared

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from vlm_dagster.hashing import Digest
+from vlm_dagster.hashing import Digest, digest_rows, run_lengths
 from vlm_dagster.sealed.spec import TableSpec
 from vlm_dagster.sealed.writer import SegmentWriter, StagedFile, sha256_of
 from vlm_dagster.storage import Storage
 from vlm_dagster.windows import Window
 
-__all__ = ["Correction", "StagedWindow", "whole_users", "write_window"]
+__all__ = ["Correction", "StagedWindow", "write_window"]
+
+Rows = Iterator[pa.RecordBatch]
 
 
 @dataclass(frozen=True)
@@ -63,108 +63,81 @@ class StagedWindow:
         return sum(file.size for file in self.files)
 
 
+@dataclass(frozen=True)
+class _Bucket:
+    """What became of the rows of a bucket: a finished file, unless only their digest was wanted."""
+
+    local: Path
+    file: StagedFile | None
+    digest: Digest
+    num_users: int
+
+
 def write_window(
     storage: Storage,
     spec: TableSpec,
     table_id: str,
     window: Window,
-    rows: Iterator[pa.RecordBatch],
+    map_buckets: Callable[[Callable[[int, Rows], _Bucket]], list[_Bucket]],
+    finish: Callable[[Rows], Rows],
     scratch: Path,
     *,
     dry: bool,
 ) -> tuple[list[StagedFile], Digest, int]:
-    """Cut sorted rows into one file a bucket, and put these in place.
+    """Write the rows of every bucket into one file, and put these in place.
 
     Args:
-        rows: in the table's order, with `bucket`; all rows of a user come in one batch.
+        map_buckets: an engine's, over the window's rows.
+        finish: turns the sorted rows of a bucket into those that are stored.
         scratch: a local folder.
-        dry: only compute the digest; leave no file behind.
+        dry: only compute the digest; write nothing.
 
     Returns:
         The files, the digest of all rows, and the number of users.
     """
-    # Files go into place only when all are finished: rows may be refused up to the last one.
-    finished: list[tuple[Path, StagedFile]] = []
-    digest = Digest()
-    num_users = 0
-    writer: SegmentWriter | None = None
-    current = -1
 
-    def close() -> None:
-        nonlocal digest, num_users
-        assert writer is not None
-        stats = writer.close()
-        digest = digest + writer.digest
-        num_users += writer.num_users
-        local = scratch / f"{current}.parquet"
-        if dry:
-            local.unlink()
-            return
-        path = f"segment={window.segment}/bucket={current}/{sha256_of(local)}.parquet"
-        size = local.stat().st_size
-        finished.append((local, StagedFile(path, size, current, writer.num_rows, stats)))
+    def digested(bucket: int, rows: Rows) -> _Bucket:
+        digest, num_users = Digest(), 0
+        for chunk in finish(rows):
+            digest = digest + digest_rows(chunk.select(spec.columns.names))
+            num_users += len(run_lengths(chunk.column("user_id"))[0])
+        return _Bucket(scratch, None, digest, num_users)
 
-    try:
-        for batch in rows:
-            buckets = batch.column("bucket").to_numpy()
-            edges = np.flatnonzero(np.diff(buckets)) + 1
-            for start, end in zip([0, *edges], [*edges, len(buckets)], strict=True):
-                if end == start:
-                    continue  # a chunk whose rows were all dropped
-                if buckets[start] != current:
-                    if writer is not None:
-                        close()
-                    current = int(buckets[start])
-                    header = {
-                        "kind": spec.kind,
-                        "table_id": table_id,
-                        "name": spec.name,
-                        "segment": window.segment,
-                        "bucket": current,
-                    }
-                    writer = SegmentWriter(
-                        scratch / f"{current}.parquet",
-                        spec.columns,
-                        header,
-                        spec.sort_columns,
-                        spec.extremes,
-                        stripes=spec.stripes,
-                        encodings=spec.encodings,
-                    )
-                assert writer is not None
-                writer.write(batch.slice(start, end - start))
-        if writer is not None:
-            close()
-    except BaseException:
-        if writer is not None:
+    def written(bucket: int, rows: Rows) -> _Bucket:
+        local = scratch / f"{bucket}.parquet"
+        header = {
+            "kind": spec.kind,
+            "table_id": table_id,
+            "name": spec.name,
+            "segment": window.segment,
+            "bucket": bucket,
+        }
+        writer = SegmentWriter(
+            local,
+            spec.columns,
+            header,
+            spec.sort_columns,
+            spec.extremes,
+            stripes=spec.stripes,
+            encodings=spec.encodings,
+        )
+        try:
+            for chunk in finish(rows):
+                writer.write(chunk)
+            stats = writer.close()
+        except BaseException:
             with contextlib.suppress(OSError):  # what went wrong before matters more
                 writer.abandon()
-        raise
-    for local, file in finished:
-        storage.put(local, file.path)
-    return [file for _, file in finished], digest, num_users
+            raise
+        path = f"segment={window.segment}/bucket={bucket}/{sha256_of(local)}.parquet"
+        file = StagedFile(path, local.stat().st_size, bucket, writer.num_rows, stats)
+        return _Bucket(local, file, writer.digest, writer.num_users)
 
-
-def whole_users(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Re-cut a sorted stream so that no user's rows are spread over two chunks."""
-    held: list[pa.RecordBatch] = []
-    for batch in batches:
-        users = batch.column("user_id")
-        last = users[-1]
-        if held and held[-1].column("user_id")[-1] == last:
-            held.append(batch)  # the whole batch is one user's, who goes on
-            if users[0] != last:
-                raise AssertionError("rows are not sorted by user")
-            continue
-        cut = int(pc.index(users, last).as_py())
-        if held or cut:
-            yield _joined([*held, batch.slice(0, cut)])
-        held = [batch.slice(cut)]
-    if held:
-        yield _joined(held)
-
-
-def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    if len(batches) == 1:
-        return batches[0]
-    return pa.concat_batches(batches)
+    # Files go into place only when all are finished: rows may be refused up to the last one.
+    done = map_buckets(digested if dry else written)
+    files = []
+    for bucket in done:
+        if bucket.file is not None:
+            storage.put(bucket.local, bucket.file.path)
+            files.append(bucket.file)
+    return files, Digest.sum(b.digest for b in done), sum(b.num_users for b in done)

@@ -26,13 +26,14 @@ from vlm_dagster.errors import (
 from vlm_dagster.hashing import bucket_of
 from vlm_dagster.sealed.foreign import ForeignReader
 from vlm_dagster.sealed.gone import Gone, GoneRows, GoneUsers
+from vlm_dagster.sealed.handles import NewestHandle
 from vlm_dagster.sealed.lifetimes import Kept, Lifetimes
 from vlm_dagster.sealed.log import LogReader, TableState
 from vlm_dagster.sealed.opening import create_delta, open_delta, plain, read_declaration
 from vlm_dagster.sealed.reader import NoIndexError, SegmentReader
 from vlm_dagster.sealed.segments import Segment, find_segments
 from vlm_dagster.sealed.spec import TableSpec
-from vlm_dagster.sealed.staging import StagedWindow, whole_users, write_window
+from vlm_dagster.sealed.staging import StagedWindow, write_window
 from vlm_dagster.sealed.stats import ReadStats
 from vlm_dagster.sealed.versions import Versions
 from vlm_dagster.storage import normalize_uri, open_storage
@@ -50,14 +51,15 @@ class SealedTable:
         self,
         uri: str,
         spec: TableSpec,
-        table_id: str,
+        handle: DeltaTable,
         storage_options: Mapping[str, str] | None,
     ) -> None:
         self.uri = uri
         self.spec = spec
-        self.table_id = table_id
+        self.table_id = str(handle.metadata().id)
         self.storage = open_storage(uri, storage_options)
         self.storage_options = plain(storage_options)
+        self.newest = NewestHandle(self.storage, self.handle, handle)
         self.log = LogReader(self.storage)
         self.versions = Versions(uri, spec, self.log, self.state)
         self.stats = ReadStats()
@@ -75,7 +77,7 @@ class SealedTable:
         """Create the table, or open it if it is there with the same declaration."""
         uri = normalize_uri(uri)
         create_delta(uri, spec, options)
-        declared, table_id = read_declaration(uri, spec.kind, options)
+        declared, handle = read_declaration(uri, spec.kind, options)
         wanted = spec.to_json()
         for name in sorted({*declared, *wanted}):
             if declared.get(name) != wanted.get(name):
@@ -85,7 +87,7 @@ class SealedTable:
                     f"{wanted.get(name)!r}",
                     "Open it with `open`, declare the same values, or create a new table.",
                 )
-        return cls(uri, spec, table_id, options)
+        return cls(uri, spec, handle, options)
 
     @classmethod
     def open(
@@ -97,8 +99,8 @@ class SealedTable:
     ) -> SealedTable:
         """Open an existing table. `revive` makes the spec from its declaration."""
         uri = normalize_uri(uri)
-        declared, table_id = read_declaration(uri, kind, options)
-        return cls(uri, revive(declared), table_id, options)
+        declared, handle = read_declaration(uri, kind, options)
+        return cls(uri, revive(declared), handle, options)
 
     def handle(self, version: int | None = None) -> DeltaTable:
         """A Delta handle at a version (the newest if None), checked to be this very table."""
@@ -119,6 +121,9 @@ class SealedTable:
             with contextlib.suppress(FileNotFoundError):
                 found = self.log.state(version, self.spec.grid, self.spec.start_index)
                 return replace(found, load_gone=lambda: self._ledger_of(found))
+        if version is None:
+            with self.newest.lent() as handle:
+                return self.state_of(handle)
         return self.state_of(self.handle(version))
 
     def _ledger_of(self, state: TableState) -> Gone:
@@ -180,26 +185,28 @@ class SealedTable:
 
         Args:
             rows: validated rows, of `schema` plus `bucket` (int32) and `row` (int64, the number
-                of the row in the input, from 0).
-            finish: turns the rows, sorted by (`bucket`, the table's sort columns as far as the rows
-                have them, `row`) in chunks that hold users whole, into rows as stored plus
-                `bucket`, in the table's order.
+                of the row in the input, from 0, ascending).
+            finish: turns the rows of a bucket, sorted by (the table's sort columns as far as the
+                rows have them, `row`) in chunks that hold users whole, into rows as stored, in the
+                table's order. Called for several buckets at a time, in threads.
             facts: what to record beside the digest.
             counts: asked at the end for what was counted on the way, e.g. {"num_duplicates": 3}.
             again: write files even if the window is sealed, to correct it.
         """
         dry = window.index in state.sealed and not again
-        incoming = pa.schema([*schema, pa.field("bucket", pa.int32()), pa.field("row", pa.int64())])
-        by = ["bucket", *(c for c in self.spec.sort_columns if c in schema.names), "row"]
+        incoming = schema.append(pa.field("row", pa.int64()))
+        by = [*(c for c in self.spec.sort_columns if c in schema.names), "row"]
         with self.storage.scratch() as scratch:
-            ordered = engine.sort(rows, incoming, by, scratch)
             try:
                 files, digest, num_users = write_window(
                     self.storage,
                     self.spec,
                     self.table_id,
                     window,
-                    finish(whole_users(ordered)),
+                    lambda work: engine.map_buckets(
+                        rows, incoming, by, self.spec.num_buckets, scratch, work
+                    ),
+                    finish,
                     scratch,
                     dry=dry,
                 )

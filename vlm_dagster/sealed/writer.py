@@ -70,8 +70,9 @@ def sha256_of(path: Path) -> str:
 class SegmentWriter:
     """Writes one file from chunks of rows that arrive sorted by user, time and id.
 
-    Rows are held until all have come, since the newest of every user stand first; beyond
-    `memory_limit` they wait on disk beside the file.
+    Rows are held until all have come, since the newest of every user stand first. Those that come
+    in one chunk are in memory anyway, and go from there into the file; of several chunks, what is
+    beyond `memory_limit` waits on disk beside the file. The file is the same.
 
     Args:
         local: where to write; the caller moves it into place.
@@ -106,6 +107,7 @@ class SegmentWriter:
         self._digests_of = digests or (lambda rows: {header["segment"]: digest_rows(rows)})
         self._users: list[pa.RecordBatch] = []
         self._time_range: tuple[int, int] | None = None
+        self._only: tuple[pa.RecordBatch, I64] | None = None
         self.num_rows = 0
         self.digests: dict[str, Digest] = {}
         limit = HELD_BYTES if memory_limit is None else memory_limit
@@ -138,6 +140,12 @@ class SegmentWriter:
         extremes = pc.min_max(rows.column(self._time).cast(pa.int64())).as_py()
         low, high = self._time_range or (extremes["min"], extremes["max"])
         self._time_range = (min(low, extremes["min"]), max(high, extremes["max"]))
+        if len(self._users) == 1:
+            self._only = (rows, counts)
+            return
+        if self._only is not None:
+            self._keep(*self._only)
+            self._only = None
         self._keep(rows, counts)
 
     def _keep(self, rows: pa.RecordBatch, counts: I64) -> None:
@@ -166,24 +174,59 @@ class SegmentWriter:
             self._spool.add(place, cut.slice(begin, size), size * num_bytes)
             begin += size
 
+    def _write_only(self, rows: pa.RecordBatch, counts: I64) -> None:
+        """The bands of the only chunk, a few row groups of each at a time."""
+        order = np.argsort(self._stripes.keys(counts), kind="stable")
+        begins = (np.cumsum(counts) - counts)[order]
+        lows, highs = self._stripes.cut(counts)
+        for band in range(self._stripes.num_bands):
+            sizes = (highs[band] - lows[band])[order]
+            some = sizes > 0
+            starts, sizes = (begins + lows[band][order])[some], sizes[some]
+            ends = np.cumsum(sizes)
+            num_rows = int(ends[-1]) if len(ends) else 0
+            step = self._rows_at_once(band)
+            for low in range(0, num_rows, step):
+                high = min(low + step, num_rows)
+                first, last = np.searchsorted(ends, [low, high - 1], side="right").tolist()
+                # Of the first and last stripes, what lies between `low` and `high`.
+                skipped = low - (ends[first] - sizes[first])
+                some_starts, some_sizes = (
+                    starts[first : last + 1].copy(),
+                    sizes[first : last + 1].copy(),
+                )
+                some_starts[0] += skipped
+                some_sizes[0] -= skipped
+                some_sizes[-1] -= ends[last] - high
+                self._write_table(_ranges(rows, some_starts, some_sizes), band)
+
+    def _rows_at_once(self, band: int) -> int:
+        group_rows = self._stripes.group_rows(band)
+        return max(_ROWS_AT_ONCE // group_rows, 1) * group_rows
+
+    def _write_table(self, rows: pa.Table, band: int) -> None:
+        # How a page is cut depends on the chunks that its values come in: there is always one.
+        rows = rows.combine_chunks().cast(self._schema)
+        self._writer.write_table(rows, row_group_size=self._stripes.group_rows(band))
+
     def _write_bands(self) -> None:
         places = sorted(self._spool.keys())
         for band, held in groupby(places, key=lambda place: place[0]):
-            group_rows = self._stripes.group_rows(band)
+            step = self._rows_at_once(band)
             pending: list[pa.RecordBatch] = []
             num_pending = 0
             for batch in chain.from_iterable(map(self._spool.take, held)):
                 pending.append(batch)
                 num_pending += batch.num_rows
-                if num_pending >= _ROWS_AT_ONCE:
-                    table = pa.Table.from_batches(pending).cast(self._schema)
-                    whole = num_pending // group_rows * group_rows
-                    self._writer.write_table(table.slice(0, whole), row_group_size=group_rows)
+                if num_pending >= step:
+                    table = pa.Table.from_batches(pending)
+                    whole = num_pending // step * step
+                    for low in range(0, whole, step):
+                        self._write_table(table.slice(low, step), band)
                     pending = table.slice(whole).to_batches()
                     num_pending -= whole
             if num_pending:
-                table = pa.Table.from_batches(pending).cast(self._schema)
-                self._writer.write_table(table, row_group_size=group_rows)
+                self._write_table(pa.Table.from_batches(pending), band)
 
     @property
     def digest(self) -> Digest:
@@ -196,6 +239,9 @@ class SegmentWriter:
 
     def close(self) -> str:
         """Finish the file; returns its Delta statistics."""
+        if self._only is not None:
+            self._write_only(*self._only)
+            self._only = None
         self._write_bands()
         users = pa.concat_batches(self._users)
         longest = int(pc.max(users.column("num_rows")).as_py())
@@ -238,6 +284,14 @@ class SegmentWriter:
         return json.dumps(
             {"numRecords": self.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls}
         )
+
+
+def _ranges(rows: pa.RecordBatch, starts: I64, sizes: I64) -> pa.Table:
+    """Ranges of rows, one after another."""
+    if (starts[1:] == starts[:-1] + sizes[:-1]).all():
+        return pa.Table.from_batches([rows.slice(int(starts[0]), int(sizes.sum()))])
+    columns = [gather(column, starts, sizes) for column in rows.columns]
+    return pa.Table.from_arrays(columns, schema=rows.schema)
 
 
 def _iso_ms(time_ms: int) -> str:
