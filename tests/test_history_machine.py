@@ -84,6 +84,11 @@ class Model:
             found[user] = [e["event_id"] for e in events if (user, e["event_id"]) not in self.gone]
         return found
 
+    def end(self, user: int) -> int:
+        """A user's end position, which counts what is gone; 0 where no day is covered yet."""
+        days = self.covered()
+        return self.counts[user] + len(self.left(days)[user]) if days else 0
+
     def remove(self, days: list[int], users: list[int]) -> None:
         for d in days:
             for event in self.content[d]:
@@ -249,7 +254,7 @@ class HistoryMachine(RuleBasedStateMachine):
         if name is not None:
             self.store.pin(name, snapshot.version, reason="a test")
         left = self.model.left(days)
-        ends = {u: self.model.counts[u] + len(left[u]) for u in USERS}
+        ends = {user: self.model.end(user) for user in USERS}
         revisions = {d: self.model.revisions[d] for d in days}
         self.pins.append(Pinned(snapshot.ref(), left, ends, revisions, name))
 
@@ -309,7 +314,7 @@ class HistoryMachine(RuleBasedStateMachine):
             for row, user in enumerate(USERS):
                 expected = left[user][-length if length else 0 :]
                 assert read.of(row)["event_id"].to_pylist() == expected
-                assert read.end_positions[row] == self.model.counts[user] + len(left[user])
+                assert read.end_positions[row] == self.model.end(user)
         assert snapshot.verify(deep=True).ok
 
     @invariant()
