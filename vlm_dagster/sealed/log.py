@@ -212,7 +212,8 @@ class LogReader:
         found: dict[str, int] = {}
         for path in parts[newest]:
             with self._storage.open_input(path) as source:
-                table = pq.read_table(source, columns=["txn"])
+                # Not `read_table`, which imports all of pyarrow's dataset machinery first.
+                table = pq.ParquetFile(source).read(columns=["txn"])
             for action in table.column("txn").drop_null().to_pylist():
                 if action["appId"] is not None:
                     found[action["appId"]] = action["version"]

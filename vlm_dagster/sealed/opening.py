@@ -103,22 +103,25 @@ def table_kind(uri: str, options: Mapping[str, str] | None) -> str:
 
 def read_declaration(
     uri: str, kind: str, options: Mapping[str, str] | None
-) -> tuple[dict[str, Any], str]:
-    """What a table was declared to be, and its id; TableError unless it is one of ours."""
-    declared, table_id = _read_declaration(uri, options)
+) -> tuple[dict[str, Any], DeltaTable]:
+    """What a table was declared to be, and a handle of its newest version; TableError unless it is
+    one of ours."""
+    declared, handle = _read_declaration(uri, options)
     if declared["kind"] != kind:
         raise TableError(
             uri,
             f"this is a {declared['kind']} table, not a {kind} table",
             "Open it with the class of its own kind.",
         )
-    return declared, table_id
+    return declared, handle
 
 
-def _read_declaration(uri: str, options: Mapping[str, str] | None) -> tuple[dict[str, Any], str]:
-    metadata = open_delta(uri, None, options).metadata()
+def _read_declaration(
+    uri: str, options: Mapping[str, str] | None
+) -> tuple[dict[str, Any], DeltaTable]:
+    handle = open_delta(uri, None, options)
     try:
-        declared = json.loads(metadata.description or "")["vlm"]
+        declared = json.loads(handle.metadata().description or "")["vlm"]
         number, _ = int(declared["format"]), declared["kind"]
     except (ValueError, KeyError, TypeError):
         raise TableError(
@@ -138,4 +141,4 @@ def _read_declaration(uri: str, options: Mapping[str, str] | None) -> tuple[dict
             f"the table has format {number}, older than this code's {TABLE_FORMAT}",
             "Seal its events into a new table.",
         )
-    return declared, str(metadata.id)
+    return declared, handle

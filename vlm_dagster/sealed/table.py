@@ -28,6 +28,7 @@ from vlm_dagster.sealed.foreign import ForeignReader
 from vlm_dagster.sealed.gone import Gone, GoneRows, GoneUsers
 from vlm_dagster.sealed.lifetimes import Kept, Lifetimes
 from vlm_dagster.sealed.log import LogReader, TableState
+from vlm_dagster.sealed.newest import Newest
 from vlm_dagster.sealed.opening import create_delta, open_delta, plain, read_declaration
 from vlm_dagster.sealed.reader import NoIndexError, SegmentReader
 from vlm_dagster.sealed.segments import Segment, find_segments
@@ -50,21 +51,22 @@ class SealedTable:
         self,
         uri: str,
         spec: TableSpec,
-        table_id: str,
+        handle: DeltaTable,
         storage_options: Mapping[str, str] | None,
     ) -> None:
         self.uri = uri
         self.spec = spec
-        self.table_id = table_id
+        self.table_id = str(handle.metadata().id)
         self.storage = open_storage(uri, storage_options)
         self.storage_options = plain(storage_options)
         self.log = LogReader(self.storage)
         self.versions = Versions(uri, spec, self.log, self.state)
         self.stats = ReadStats()
+        self._newest = Newest(self.storage)
+        self._newest.remember(handle)
         self._readers: dict[str, SegmentReader] = {}
         self._readers_bytes = 0
         self._files = lru_cache(maxsize=4)(self._load_files)
-        self._buckets = lru_cache(maxsize=4)(self._load_buckets)
         self._checked = lru_cache(maxsize=4)(self._check_files)
         self._gone_users = lru_cache(maxsize=64)(lambda path: GoneUsers.read(self.storage, path))
 
@@ -75,7 +77,7 @@ class SealedTable:
         """Create the table, or open it if it is there with the same declaration."""
         uri = normalize_uri(uri)
         create_delta(uri, spec, options)
-        declared, table_id = read_declaration(uri, spec.kind, options)
+        declared, handle = read_declaration(uri, spec.kind, options)
         wanted = spec.to_json()
         for name in sorted({*declared, *wanted}):
             if declared.get(name) != wanted.get(name):
@@ -85,7 +87,7 @@ class SealedTable:
                     f"{wanted.get(name)!r}",
                     "Open it with `open`, declare the same values, or create a new table.",
                 )
-        return cls(uri, spec, table_id, options)
+        return cls(uri, spec, handle, options)
 
     @classmethod
     def open(
@@ -97,8 +99,8 @@ class SealedTable:
     ) -> SealedTable:
         """Open an existing table. `revive` makes the spec from its declaration."""
         uri = normalize_uri(uri)
-        declared, table_id = read_declaration(uri, kind, options)
-        return cls(uri, revive(declared), table_id, options)
+        declared, handle = read_declaration(uri, kind, options)
+        return cls(uri, revive(declared), handle, options)
 
     def handle(self, version: int | None = None) -> DeltaTable:
         """A Delta handle at a version (the newest if None), checked to be this very table."""
@@ -119,6 +121,13 @@ class SealedTable:
             with contextlib.suppress(FileNotFoundError):
                 found = self.log.state(version, self.spec.grid, self.spec.start_index)
                 return replace(found, load_gone=lambda: self._ledger_of(found))
+        if version is None:
+            known = self._newest.version()
+            if known is not None:
+                return self.log.state(known, self.spec.grid, self.spec.start_index)
+            handle = self.handle()
+            self._newest.remember(handle)
+            return self.state_of(handle)
         return self.state_of(self.handle(version))
 
     def _ledger_of(self, state: TableState) -> Gone:
@@ -228,16 +237,19 @@ class SealedTable:
         return self._files(version)
 
     def _load_files(self, version: int) -> pa.Table:
-        actions = pa.table(self.handle(version).get_add_actions(flatten=True))
-        return pa.table(
-            {
-                "path": actions["path"].cast(pa.string()),
-                "segment": actions["partition.segment"].cast(pa.string()),
-                "bucket": actions["partition.bucket"].cast(pa.int32()),
-                "num_rows": actions["num_records"].cast(pa.int64()),
-                "size_bytes": actions["size_bytes"].cast(pa.int64()),
-            }
-        ).sort_by([("bucket", "ascending"), ("segment", "ascending"), ("path", "ascending")])
+        handle = self._newest.take(version) or self.handle(version)
+        actions = pa.table(handle.get_add_actions(flatten=True))
+        return _by_place(
+            pa.table(
+                {
+                    "path": actions["path"].cast(pa.string()),
+                    "segment": actions["partition.segment"].cast(pa.string()),
+                    "bucket": actions["partition.bucket"].cast(pa.int32()),
+                    "num_rows": actions["num_records"].cast(pa.int64()),
+                    "size_bytes": actions["size_bytes"].cast(pa.int64()),
+                }
+            )
+        )
 
     def segments(self, version: int) -> list[Segment]:
         """What the files at a version belong to, oldest first.
@@ -292,11 +304,14 @@ class SealedTable:
             return GoneUsers.none(self.spec.columns.field("user_id").type)
         return self._gone_users(path)
 
-    def _load_buckets(self, version: int) -> dict[int, dict[str, list[str]]]:
+    def _places(self, version: int, low: int, high: int) -> dict[int, dict[str, list[str]]]:
+        """The paths of the files in the buckets `[low, high)`, by bucket and segment."""
         self.segments(version)
-        found: dict[int, dict[str, list[str]]] = {}
         files = self.files(version).select(["bucket", "segment", "path"])
-        for bucket, segment, path in zip(*(c.to_pylist() for c in files.columns), strict=True):
+        begin, end = np.searchsorted(files["bucket"].to_numpy(), [low, high]).tolist()
+        found: dict[int, dict[str, list[str]]] = {}
+        columns = (column.to_pylist() for column in files.slice(begin, end - begin).columns)
+        for bucket, segment, path in zip(*columns, strict=True):
             found.setdefault(bucket, {}).setdefault(segment, []).append(path)
         return found
 
@@ -305,14 +320,14 @@ class SealedTable:
     ) -> list[tuple[str, SegmentReader]]:
         """(segment, reader) of those of these segments that have rows in a bucket, in the order of
         `segments`."""
-        paths = self._buckets(version).get(bucket, {})
+        paths = self._places(version, bucket, bucket + 1).get(bucket, {})
         return [(name, self.reader(paths[name], version)) for name in segments if name in paths]
 
     def all_readers(
         self, version: int, segments: Iterable[str]
     ) -> Iterator[tuple[str, SegmentReader]]:
         """(segment, reader) of all buckets, segment by segment and bucket by bucket."""
-        buckets = self._buckets(version)
+        buckets = self._places(version, 0, self.spec.num_buckets)
         for name in segments:
             for bucket in sorted(buckets):
                 if name in buckets[bucket]:
@@ -348,3 +363,17 @@ class SealedTable:
                 self.storage, paths, self.spec, version, self.stats, self.explain_missing
             ),
         )
+
+
+def _by_place(files: pa.Table) -> pa.Table:
+    """Sorted by bucket, segment and path."""
+    segments = files["segment"].combine_chunks().dictionary_encode()
+    names = np.array(segments.dictionary.to_pylist(), object)
+    rank = np.argsort(np.argsort(names))
+    places = files["bucket"].to_numpy().astype(np.int64) * max(len(names), 1)
+    places += rank[segments.indices.to_numpy()] if len(names) else 0
+    order = np.argsort(places, kind="stable")
+    if (np.diff(places[order]) == 0).any():  # another writer's: several files in one place
+        by = [("bucket", "ascending"), ("segment", "ascending"), ("path", "ascending")]
+        return files.sort_by(by)
+    return files.take(pa.array(order))
