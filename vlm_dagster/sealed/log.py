@@ -168,7 +168,7 @@ class LogReader:
         try:
             found = self._replayed(known_version, known, version)
         except FileNotFoundError:  # a cleanup took commits that a checkpoint stands for now
-            found = self._replayed(*self._from_checkpoint(version), version)
+            found = self._replayed(*self._from_checkpoint(version, listed=True), version)
         with self._lock:
             if version >= self._known[0]:
                 self._known = (version, found)
@@ -200,17 +200,14 @@ class LogReader:
                 return
             yield version, found
 
-    def _from_checkpoint(self, version: int) -> tuple[int, dict[str, int]]:
-        parts: dict[int, list[str]] = {}
-        for info in self._storage.list("_delta_log"):
-            match = _CHECKPOINT.fullmatch(info.path)
-            if match and int(match[1]) <= version:
-                parts.setdefault(int(match[1]), []).append(info.path)
-        if not parts:
-            return -1, {}
-        newest = max(parts)
+    def _from_checkpoint(self, version: int, *, listed: bool = False) -> tuple[int, dict[str, int]]:
+        """What a checkpoint at or before a version says: the one that the log's hint names, or, if
+        that is a later one or `listed`, the newest there is."""
+        newest, paths = (-1, []) if listed else self._hinted(version)
+        if not paths:
+            newest, paths = self._listed(version)
         found: dict[str, int] = {}
-        for path in parts[newest]:
+        for path in paths:
             with self._storage.open_input(path) as source:
                 # Not `read_table`, which imports all of pyarrow's dataset machinery first.
                 table = pq.ParquetFile(source).read(columns=["txn"])
@@ -218,6 +215,28 @@ class LogReader:
                 if action["appId"] is not None:
                     found[action["appId"]] = action["version"]
         return newest, found
+
+    def _hinted(self, version: int) -> tuple[int, list[str]]:
+        """Delta's `_last_checkpoint`: one small file, where a listing is a request a thousand commits.
+        It may be behind; then more commits are replayed."""
+        try:
+            hint = json.loads(self._storage.read_bytes("_delta_log/_last_checkpoint"))
+            number = int(hint["version"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return -1, []
+        path = f"_delta_log/{number:020d}.checkpoint.parquet"
+        if number > version or hint.get("parts") or self._storage.size(path) is None:
+            return -1, []
+        return number, [path]
+
+    def _listed(self, version: int) -> tuple[int, list[str]]:
+        parts: dict[int, list[str]] = {}
+        for info in self._storage.list("_delta_log"):
+            match = _CHECKPOINT.fullmatch(info.path)
+            if match and int(match[1]) <= version:
+                parts.setdefault(int(match[1]), []).append(info.path)
+        newest = max(parts, default=-1)
+        return newest, parts.get(newest, [])
 
     def state(self, version: int, grid: WindowGrid, start: int | None) -> TableState:
         """What is sealed at a version. `start` is the declared first window, if any."""
