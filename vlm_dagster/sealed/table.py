@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
@@ -42,6 +43,7 @@ from vlm_dagster.windows import Window
 __all__ = ["SealedTable"]
 
 _READER_CACHE_BYTES = 256 << 20
+_FOOTERS_AT_ONCE = 16
 
 
 class SealedTable:
@@ -66,7 +68,6 @@ class SealedTable:
         self._readers: dict[str, SegmentReader] = {}
         self._readers_bytes = 0
         self._files = lru_cache(maxsize=4)(self._load_files)
-        self._buckets = lru_cache(maxsize=4)(self._load_buckets)
         self._checked = lru_cache(maxsize=4)(self._check_files)
         self._gone_users = lru_cache(maxsize=64)(lambda path: GoneUsers.read(self.storage, path))
 
@@ -235,16 +236,20 @@ class SealedTable:
         return self._files(version)
 
     def _load_files(self, version: int) -> pa.Table:
-        actions = pa.table(self.handle(version).get_add_actions(flatten=True))
-        return pa.table(
-            {
-                "path": actions["path"].cast(pa.string()),
-                "segment": actions["partition.segment"].cast(pa.string()),
-                "bucket": actions["partition.bucket"].cast(pa.int32()),
-                "num_rows": actions["num_records"].cast(pa.int64()),
-                "size_bytes": actions["size_bytes"].cast(pa.int64()),
-            }
-        ).sort_by([("bucket", "ascending"), ("segment", "ascending"), ("path", "ascending")])
+        with self.newest.lent() as newest:
+            handle = newest if int(newest.version()) == version else self.handle(version)
+            actions = pa.table(handle.get_add_actions(flatten=True))
+        return _by_place(
+            pa.table(
+                {
+                    "path": actions["path"].cast(pa.string()),
+                    "segment": actions["partition.segment"].cast(pa.string()),
+                    "bucket": actions["partition.bucket"].cast(pa.int32()),
+                    "num_rows": actions["num_records"].cast(pa.int64()),
+                    "size_bytes": actions["size_bytes"].cast(pa.int64()),
+                }
+            )
+        )
 
     def segments(self, version: int) -> list[Segment]:
         """What the files at a version belong to, oldest first.
@@ -299,11 +304,14 @@ class SealedTable:
             return GoneUsers.none(self.spec.columns.field("user_id").type)
         return self._gone_users(path)
 
-    def _load_buckets(self, version: int) -> dict[int, dict[str, list[str]]]:
+    def _places(self, version: int, low: int, high: int) -> dict[int, dict[str, list[str]]]:
+        """The paths of the files in the buckets `[low, high)`, by bucket and segment."""
         self.segments(version)
-        found: dict[int, dict[str, list[str]]] = {}
         files = self.files(version).select(["bucket", "segment", "path"])
-        for bucket, segment, path in zip(*(c.to_pylist() for c in files.columns), strict=True):
+        begin, end = np.searchsorted(files["bucket"].to_numpy(), [low, high]).tolist()
+        found: dict[int, dict[str, list[str]]] = {}
+        columns = (column.to_pylist() for column in files.slice(begin, end - begin).columns)
+        for bucket, segment, path in zip(*columns, strict=True):
             found.setdefault(bucket, {}).setdefault(segment, []).append(path)
         return found
 
@@ -312,18 +320,33 @@ class SealedTable:
     ) -> list[tuple[str, SegmentReader]]:
         """(segment, reader) of those of these segments that have rows in a bucket, in the order of
         `segments`."""
-        paths = self._buckets(version).get(bucket, {})
-        return [(name, self.reader(paths[name], version)) for name in segments if name in paths]
+        paths = self._places(version, bucket, bucket + 1).get(bucket, {})
+        names = [name for name in segments if name in paths]
+        readers = self._open_readers([paths[name] for name in names], version)
+        return list(zip(names, readers, strict=True))
 
     def all_readers(
         self, version: int, segments: Iterable[str]
     ) -> Iterator[tuple[str, SegmentReader]]:
         """(segment, reader) of all buckets, segment by segment and bucket by bucket."""
-        buckets = self._buckets(version)
-        for name in segments:
-            for bucket in sorted(buckets):
-                if name in buckets[bucket]:
-                    yield name, self.reader(buckets[bucket][name], version)
+        buckets = self._places(version, 0, self.spec.num_buckets)
+        places = [
+            (name, buckets[bucket][name])
+            for name in segments
+            for bucket in sorted(buckets)
+            if name in buckets[bucket]
+        ]
+        for at in range(0, len(places), _FOOTERS_AT_ONCE):
+            some = places[at : at + _FOOTERS_AT_ONCE]
+            readers = self._open_readers([paths for _, paths in some], version)
+            yield from ((name, reader) for (name, _), reader in zip(some, readers, strict=True))
+
+    def _open_readers(self, places: Sequence[Sequence[str]], version: int) -> list[SegmentReader]:
+        """The readers of some places, opened at the same time where each takes a round trip."""
+        if not self.storage.fetches or len(places) < 2:
+            return [self.reader(paths, version) for paths in places]
+        with ThreadPoolExecutor(min(len(places), _FOOTERS_AT_ONCE)) as pool:
+            return list(pool.map(lambda paths: self.reader(paths, version), places))
 
     def reader(self, paths: Sequence[str], version: int | None = None) -> SegmentReader:
         """The reader of the files of one segment and bucket: one file, unless another writer
@@ -355,3 +378,17 @@ class SealedTable:
                 self.storage, paths, self.spec, version, self.stats, self.explain_missing
             ),
         )
+
+
+def _by_place(files: pa.Table) -> pa.Table:
+    """Sorted by bucket, segment and path."""
+    segments = files["segment"].combine_chunks().dictionary_encode()
+    names = np.array(segments.dictionary.to_pylist(), object)
+    rank = np.argsort(np.argsort(names))
+    places = files["bucket"].to_numpy().astype(np.int64) * max(len(names), 1)
+    places += rank[segments.indices.to_numpy()] if len(names) else 0
+    order = np.argsort(places, kind="stable")
+    if (np.diff(places[order]) == 0).any():  # another writer's: several files in one place
+        by = [("bucket", "ascending"), ("segment", "ascending"), ("path", "ascending")]
+        return files.sort_by(by)
+    return files.take(pa.array(order))

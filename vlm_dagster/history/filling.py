@@ -1,0 +1,229 @@
+"""Filling arenas: decode some row groups of a file, copy their ranges into place, go on.
+
+Nothing is held of a file but the piece being decoded, which is still in the processor's cache when it
+is copied from. Files are independent of each other, so threads share them out; where storage has to
+fetch, the bytes of the next files are on their way meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from vlm_dagster.history.buffers import ArenaBuffers
+from vlm_dagster.sealed.gathering import Placement, gather, width_of
+from vlm_dagster.sealed.reader import Piece, SegmentReader
+
+__all__ = ["FilePart", "fill"]
+
+I64 = npt.NDArray[np.int64]
+
+# A task is so many pieces of a file: enough that opening it again costs nothing beside, few enough
+# that threads end at about the same time.
+_PIECES_AT_ONCE = 16
+# Some 10 ms of decoding, a hundred times what it takes to start threads.
+_MANY_EVENTS = 1_000_000
+# Fetched ahead of decoding.
+_AHEAD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Row ranges of a file, and where they go.
+
+    Attributes:
+        rows, counts, targets: [R] where each range begins in the file, how many rows it has (at least
+            1), and where it begins in the arena.
+    """
+
+    reader: SegmentReader
+    rows: I64
+    counts: I64
+    targets: I64
+
+
+Ranges = tuple[I64, I64, I64]
+"""[R] where each range begins among some rows, how many rows it has, where it goes in the arena."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Some pieces of a file, and the ranges within each of them."""
+
+    reader: SegmentReader
+    pieces: list[Piece]
+    ranges: list[Ranges]
+
+
+def fill(
+    parts: Sequence[FilePart],
+    kinds: Mapping[str, pa.DataType],
+    num_events: int,
+    *,
+    buffers: ArenaBuffers | None,
+    threads: int | None,
+) -> dict[str, pa.Array]:
+    """The columns of an arena, [num_events] each; the targets of all parts cover it once.
+
+    Args:
+        kinds: the types of the columns, by name.
+        threads: that decode. None: one, or from a million events on one a core, at most 4.
+    """
+    arena = _Arena(kinds, num_events, buffers or ArenaBuffers(0))
+    tasks = list(_tasks(parts))
+    if threads is None:
+        threads = min(_num_cores(), 4) if num_events >= _MANY_EVENTS else 1
+    names = list(kinds)
+    with _Ahead(tasks, names) as sources:
+        if threads > 1 and len(tasks) > 1:
+            with ThreadPoolExecutor(threads, thread_name_prefix="vlm-decode") as pool:
+                running: deque[Future[None]] = deque()
+                try:
+                    for task, source in sources:
+                        running.append(pool.submit(arena.take, task, names, source))
+                        if len(running) > threads:
+                            running.popleft().result()
+                    while running:
+                        running.popleft().result()
+                finally:
+                    for future in running:
+                        future.cancel()
+        else:
+            for task, source in sources:
+                arena.take(task, names, source)
+    return arena.columns()
+
+
+def _num_cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _tasks(parts: Sequence[FilePart]) -> Iterator[_Task]:
+    for part in parts:
+        pieces, starts = part.reader.pieces(part.rows, part.counts)
+        ranges = _cut(pieces, starts, part.counts, part.targets)
+        for at in range(0, len(pieces), _PIECES_AT_ONCE):
+            end = at + _PIECES_AT_ONCE
+            yield _Task(part.reader, pieces[at:end], ranges[at:end])
+
+
+def _cut(pieces: Sequence[Piece], starts: I64, counts: I64, targets: I64) -> list[Ranges]:
+    """The ranges of each piece: those that reach over a piece's end are cut there."""
+    order = np.argsort(starts)
+    starts, targets = starts[order], targets[order]
+    ends = starts + counts[order]
+    begins = np.array([piece.begin for piece in pieces])
+    owner = np.searchsorted(starts, begins) - 1  # the last range that begins before
+    cut = (owner >= 0) & (ends[owner] > begins)
+    owner = np.concatenate([np.arange(len(starts)), owner[cut]])
+    parts = np.concatenate([starts, begins[cut]])
+    order = np.argsort(parts, kind="stable")
+    owner, parts = owner[order], parts[order]
+    # Ranges are disjoint: one ends where the next begins only if it was cut there, or just ends.
+    lengths = np.minimum(ends[owner], np.append(parts[1:], ends[-1])) - parts
+    goes = targets[owner] + parts - starts[owner]
+    bounds = np.append(np.searchsorted(parts, begins), len(parts)).tolist()
+    return [
+        (parts[low:high] - piece.begin, lengths[low:high], goes[low:high])
+        for piece, low, high in zip(pieces, bounds, bounds[1:], strict=False)
+    ]
+
+
+class _Ahead:
+    """Opens the tasks' files in order, some ahead of the one that is asked for."""
+
+    def __init__(self, tasks: Sequence[_Task], names: Sequence[str]) -> None:
+        self._tasks = deque(tasks)
+        self._names = names
+        self._open: deque[tuple[_Task, Any, int]] = deque()
+
+    def __enter__(self) -> Iterator[tuple[_Task, Any]]:
+        return iter(self._run())
+
+    def _run(self) -> Iterator[tuple[_Task, Any]]:
+        ahead = 0
+        while self._tasks or self._open:
+            while self._tasks and (not self._open or ahead < _AHEAD_BYTES):
+                task = self._tasks.popleft()
+                fetches = task.reader.fetches
+                size = task.reader.num_bytes_of(self._names, task.pieces) if fetches else 0
+                self._open.append((task, task.reader.open(self._names, task.pieces), size))
+                ahead += size
+                if not fetches:
+                    break
+            task, source, size = self._open.popleft()
+            ahead -= size
+            yield task, source
+
+    def __exit__(self, *_: object) -> None:
+        for _task, source, _size in self._open:
+            if source is not None:
+                source.close()
+
+
+class _Arena:
+    """The columns while they are filled. Tasks may run in any order and at the same time."""
+
+    def __init__(
+        self, kinds: Mapping[str, pa.DataType], num_events: int, buffers: ArenaBuffers
+    ) -> None:
+        self._kinds = kinds
+        self._num_events = num_events
+        widths = {name: width_of(kind) for name, kind in kinds.items()}
+        self._memory = {
+            name: buffers.empty(num_events, f"u{width}")
+            for name, width in widths.items()
+            if width is not None
+        }
+        # Of the other columns: the decoded pieces, and where their ranges lie in them and in the arena.
+        self._pieces: dict[str, list[tuple[pa.Array, I64, I64, I64]]] = {
+            name: [] for name, width in widths.items() if width is None
+        }
+
+    def take(self, task: _Task, names: Sequence[str], source: Any) -> None:
+        """Decode a task's pieces and copy their ranges into place."""
+        here = -1
+        for at, name, values in task.reader.decode(source, names, task.pieces):
+            if at != here:
+                here, placement = at, Placement(*task.ranges[at])
+            memory = self._memory.get(name)
+            if memory is None:
+                self._pieces[name].append((_whole(values), *task.ranges[at]))
+            else:
+                placement.copy(_whole(values), memory)
+
+    def columns(self) -> dict[str, pa.Array]:
+        """All columns, once all tasks are done."""
+        found = {name: self._gathered(name) for name in self._pieces}
+        for name, memory in self._memory.items():
+            found[name] = pa.Array.from_buffers(
+                self._kinds[name], self._num_events, [None, pa.py_buffer(memory)], null_count=0
+            )
+        return found
+
+    def _gathered(self, name: str) -> pa.Array:
+        """Values without a fixed place: put all that was decoded in a row, gather from there."""
+        if not self._pieces[name]:
+            return pa.array([], self._kinds[name])
+        decoded, starts, counts, targets = zip(*self._pieces[name], strict=True)
+        sizes = np.array([len(values) for values in decoded])
+        bases = np.cumsum(sizes) - sizes
+        begins = np.concatenate([s + b for s, b in zip(starts, bases, strict=True)])
+        order = np.argsort(np.concatenate(targets))
+        return gather(pa.concat_arrays(decoded), begins[order], np.concatenate(counts)[order])
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column of a piece; pieces of fixed-width values come in one chunk."""
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
