@@ -17,6 +17,7 @@ from vlm_dagster.assets import (
     automation_sensor,
     compaction_asset,
     evaluation_asset,
+    gc_asset,
     history_asset,
     history_checks,
     landing_asset,
@@ -87,6 +88,9 @@ def demo_definitions(
 
     layout = compaction_asset(history, group_name=_GROUP, owners=_OWNERS)
 
+    # Every window of pointers pins a version of its own, so without moving pins none would ever go.
+    retention = gc_asset(history, delete=True, move_pins=True, group_name=_GROUP, owners=_OWNERS)
+
     def requests(window: Window) -> Iterator[pa.RecordBatch]:
         on_window("building pointers")
         return _requests(_landed(landing).events(window), settings)
@@ -123,10 +127,10 @@ def demo_definitions(
 
     tables = str(home / "tables")
     return dg.Definitions(
-        assets=[raw_events, history, layout, pointers, ranker, evaluation],
+        assets=[raw_events, history, layout, retention, pointers, ranker, evaluation],
         asset_checks=[*history_checks(history), *pointer_checks(pointers)],
         schedules=[sealing_schedule([history, pointers])],
-        sensors=[automation_sensor([ranker, evaluation, layout])],
+        sensors=[automation_sensor([ranker, evaluation, layout, retention])],
         resources={
             "history_io_manager": VlmHistoryIOManager(root=tables),
             "pointer_io_manager": VlmPointerIOManager(root=tables),

@@ -2,7 +2,7 @@
 
     raw events -> history_asset -> pointer_asset -> training_asset -> evaluation_asset
                         |                |
-    compaction_asset, history_checks   pointer_checks         automation.py: schedule and sensor
+    compaction_asset, gc_asset, history_checks   pointer_checks         automation.py: schedule and sensor
 
 Each factory returns one ordinary `dg.AssetsDefinition`. Importing this loads no torch.
 """
@@ -21,16 +21,19 @@ from vlm_dagster.assets.landing import landing_asset
 from vlm_dagster.assets.options import OnSealed, SealConfig
 from vlm_dagster.assets.partitions import partitions_of
 from vlm_dagster.assets.pointers import pointer_asset
+from vlm_dagster.assets.retention import GcConfig, gc_asset
 from vlm_dagster.assets.training import TrainRunConfig, training_asset
 
 __all__ = [
     "EvaluateRunConfig",
+    "GcConfig",
     "OnSealed",
     "SealConfig",
     "TrainRunConfig",
     "automation_sensor",
     "compaction_asset",
     "evaluation_asset",
+    "gc_asset",
     "history_asset",
     "history_checks",
     "landing_asset",

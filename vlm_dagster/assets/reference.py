@@ -143,7 +143,9 @@ def _sample(
 
 def _events(pin: SnapshotRef, users: list[Any], options: Options) -> Events:
     """Every event of some users that a snapshot shows, in order."""
-    table = DeltaTable(pin.uri, version=pin.version, storage_options=dict(options or {}) or None)
+    # Where the pinned version was retired, another one that is kept holds the same content.
+    version = pin.open(options).version
+    table = DeltaTable(pin.uri, version=version, storage_options=dict(options or {}) or None)
     user_type = pa.schema(table.schema()).field("user_id").type
     asked = pa.array(users, user_type)
     buckets = pa.array(bucket_of(asked, _num_buckets(table)), pa.int32())
