@@ -188,3 +188,62 @@ def test_the_demo_ends_with_its_figures_as_one_json_line(tmp_path: Path) -> None
     told("verify", "--deep", figures["checkpoint"])
     other = refused("demo", "--users", "61", "--days", "4", VLM_HOME=home)
     assert "other data" in other
+
+
+def test_erase_drop_and_correct_are_on_record(tables: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import pyarrow.parquet as pq
+
+    history, pointers = str(tmp_path / "history"), str(tmp_path / "pointers")
+    for name in ("history", "pointers"):
+        shutil.copytree(tables / name, tmp_path / name)
+    users = tmp_path / "users.txt"
+    users.write_text("2\n\n77\n")
+    asked = ("erase", history, pointers, "--users", str(users), "--reason", "ticket 7")
+    assert "2 users have 2 rows in 2 segments" in told(*asked, "--dry-run")
+    text = told(*asked)
+    assert "erased 2 rows of 2 users from 2 segments" in text
+    facts = json.loads(told("inspect", history, "--json"))
+    assert (facts["num_events"], facts["num_events_gone"]) == (2, 2)
+    (removal,) = facts["removals"]
+    assert (removal["kind"], removal["reason"], removal["done"]) == ("erasure", "ticket 7", True)
+    assert json.loads(told("inspect", pointers, "--json"))["num_examples"] == 2
+    shown = told("inspect", history)
+    assert "ticket 7" in shown
+    assert "erasure" in shown
+
+    events = HistoryStore.open(history).snapshot().read([1])
+    file = tmp_path / "day.parquet"
+    day = DAYS[1]
+    pq.write_table(
+        pa.table(
+            {
+                "user_id": [1],
+                "event_id": [2],
+                "event_time": pa.array([f"{day}T10:00:00Z"]).cast(pa.timestamp("us", "UTC")),
+                "item_id": [99],
+            }
+        ),
+        file,
+    )
+    text = told("correct", history, day, str(file), "--reason", "wrong item")
+    assert f"window {day} is revision 2" in text
+    assert "1 events" in text
+    assert "nothing was changed" in told("correct", history, day, str(file), "--reason", "again")
+    assert "2 (wrong item)" in told("inspect", history)
+    assert HistoryStore.open(history).snapshot().read([1]).num_events == events.num_events
+
+    assert "would drop 1 windows" in told("drop", history, "--before", day)
+    assert "dropped 1 windows" in told("drop", history, "--before", day, "--delete")
+    assert "nothing to drop" in told("drop", history, "--before", day, "--delete")
+    assert told("verify", "--deep", history).endswith("intact\n")
+
+    bad = tmp_path / "bad.txt"
+    bad.write_text("1\ntwo\n")
+    message = refused("erase", history, "--users", str(bad), "--reason", "x")
+    assert "line 2" in message
+    assert "'two'" in message
+    assert "cannot be read" in refused("erase", history, "--users", "nowhere", "--reason", "x")
+    assert "is not there" in refused("correct", history, day, "nowhere", "--reason", "x")
+    assert "not a history table" in refused("drop", pointers, "--before", day)

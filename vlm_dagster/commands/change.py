@@ -4,53 +4,66 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
 
-from vlm_dagster.commands.opening import CheckpointFolder, Opened
-from vlm_dagster.errors import SourceFormatError, TableError
-from vlm_dagster.history import HistoryStore
+from vlm_dagster.errors import SourceFormatError
 from vlm_dagster.history.dropping import DropReport
 from vlm_dagster.retention.erasing import ErasureReport
 from vlm_dagster.sealed import Sealed
-from vlm_dagster.sealed.owner import WindowedTable
 
 __all__ = [
+    "UserIds",
     "drop_facts",
     "erasure_facts",
-    "history_at",
+    "existing",
     "read_user_ids",
     "sealed_facts",
     "show_correction",
     "show_drop",
     "show_erasure",
-    "table_at",
 ]
 
 
-def table_at(opened: Opened, uri: str) -> WindowedTable:
-    """The history table or pointer dataset at an address, or TableError."""
-    if isinstance(opened, CheckpointFolder):
-        raise TableError(uri, "this is a checkpoint", "Give a history table or a pointer dataset.")
-    return opened
+@dataclass(frozen=True)
+class UserIds:
+    """User ids as words of a text file: `(line, word)`, lines counted from 1."""
+
+    name: str
+    words: tuple[tuple[int, str], ...]
+
+    def typed(self, kind: pa.DataType) -> pa.Array:
+        """As ids of a table.
+
+        Raises:
+            SourceFormatError: a word is no id of that type.
+        """
+        if not pa.types.is_integer(kind):
+            return pa.array([word for _, word in self.words], kind)
+        ids = []
+        for line, word in self.words:
+            try:
+                ids.append(pa.scalar(int(word), kind).as_py())
+            except (ValueError, pa.ArrowInvalid, OverflowError):
+                raise SourceFormatError(
+                    self.name,
+                    f"no user id of the table, where they are {kind}",
+                    line=line,
+                    value=word,
+                    way_out="Write one id a line. Nobody was erased.",
+                ) from None
+        return pa.array(ids, kind)
 
 
-def history_at(opened: Opened, uri: str) -> HistoryStore:
-    """The history table at an address, or TableError."""
-    if not isinstance(opened, HistoryStore):
-        raise TableError(uri, "this is not a history table", "Give the address of one.")
-    return opened
-
-
-def read_user_ids(file: str, kind: pa.DataType) -> pa.Array:
+def read_user_ids(file: str) -> UserIds:
     """User ids from a text file, one a line; `-` reads standard input.
 
     Raises:
-        SourceFormatError: the file cannot be read, or a line is no id of that type.
+        SourceFormatError: the file cannot be read.
     """
     name = "standard input" if file == "-" else file
     try:
@@ -59,25 +72,8 @@ def read_user_ids(file: str, kind: pa.DataType) -> pa.Array:
         raise SourceFormatError(
             name, f"cannot be read ({error})", line=None, value=None, way_out="Give a text file."
         ) from None
-    ids: list[Any] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        word = line.strip()
-        if not word:
-            continue
-        if pa.types.is_integer(kind):
-            try:
-                ids.append(pa.scalar(int(word), kind).as_py())
-            except (ValueError, pa.ArrowInvalid, OverflowError):
-                raise SourceFormatError(
-                    name,
-                    f"no user id of the table, which are {kind}",
-                    line=number,
-                    value=word,
-                    way_out="Write one id a line. Nobody was erased.",
-                ) from None
-        else:
-            ids.append(word)
-    return pa.array(ids, kind)
+    words = ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1))
+    return UserIds(name, tuple(pair for pair in words if pair[1]))
 
 
 def erasure_facts(report: ErasureReport) -> dict[str, Any]:
@@ -157,7 +153,7 @@ def show_correction(sealed: Sealed, before: str, console: Console) -> None:
     )
 
 
-def sources(files: Sequence[str]) -> list[str]:
+def existing(files: Sequence[str]) -> list[str]:
     """Parquet files by path, each of which must be there."""
     for file in files:
         if "://" not in file and not Path(file).exists():

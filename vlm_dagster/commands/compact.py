@@ -7,19 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vlm_dagster.commands.opening import Opened
-from vlm_dagster.errors import TableError
-from vlm_dagster.history import HistoryStore
 from vlm_dagster.history.compaction import CompactionReport, Merge
 
-__all__ = ["as_facts", "history_of", "show_compaction"]
-
-
-def history_of(opened: Opened, uri: str) -> HistoryStore:
-    """The history table at an address, or TableError."""
-    if not isinstance(opened, HistoryStore):
-        raise TableError(uri, "this is not a history table", "Only histories are compacted.")
-    return opened
+__all__ = ["as_facts", "show_compaction"]
 
 
 def as_facts(report: CompactionReport) -> dict[str, Any]:

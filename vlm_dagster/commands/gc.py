@@ -21,22 +21,12 @@ __all__ = [
     "kept_facts",
     "referrer_of",
     "show_gc",
-    "table_of",
     "versions_table",
     "warnings_of",
 ]
 
 _MOST_HOLDERS = 3
 _BAR = 16
-
-
-def table_of(opened: Opened, uri: str) -> HistoryStore | PointerDataset:
-    """The table at an address, or TableError."""
-    if isinstance(opened, CheckpointFolder):
-        raise TableError(
-            uri, "this is a checkpoint, which has no versions", "Give the address of a table."
-        )
-    return opened
 
 
 def referrer_of(opened: Opened | None, uri: str) -> Referrer:

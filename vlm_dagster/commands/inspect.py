@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +25,7 @@ __all__ = ["describe", "show"]
 _MOST_SEGMENTS = 20
 _OWN_TABLES = frozenset(
     {"windows", "pins", "group", "spec", "metrics", "model", "environment", "versions"}
-    | {"segments", "bands", "columns"}
+    | {"segments", "bands", "columns", "removals"}
 )
 
 
@@ -80,13 +81,17 @@ def _describe_history(
         "num_events": snapshot.num_events,
         "num_windows": len(snapshot.windows),
         "num_windows_past_watermark": len(past),
+        "num_events_gone": snapshot.num_events_gone,
         "num_files": files.num_rows,
         "num_bytes": pc.sum(files["size_bytes"]).as_py() or 0,
         "num_files_without_index": foreign,
         "segments": [asdict(one) for one in segments],
         "bands": [asdict(band) for band in bands],
         "columns": [asdict(column) for column in columns],
-        "windows": _windows([*snapshot.windows, *past], files.to_pylist(), window),
+        "removals": [asdict(one) for one in snapshot.removals],
+        "windows": _windows(
+            [*snapshot.windows, *past], files.to_pylist(), window, snapshot.num_gone
+        ),
     }
 
 
@@ -109,12 +114,16 @@ def _describe_pointers(
         "num_files": files.num_rows,
         "num_bytes": pc.sum(files["size_bytes"]).as_py() or 0,
         "pins": {group: [pin.to_json() for pin in pins] for group, pins in snapshot.pins().items()},
-        "windows": _windows(snapshot.windows, files.to_pylist(), window),
+        "removals": [asdict(one) for one in snapshot.removals],
+        "windows": _windows(snapshot.windows, files.to_pylist(), window, snapshot.num_gone),
     }
 
 
 def _windows(
-    sealed: list[SealedWindow], files: list[dict[str, Any]], only: str | None
+    sealed: list[SealedWindow],
+    files: list[dict[str, Any]],
+    only: str | None,
+    num_gone: Callable[[SealedWindow], int],
 ) -> list[dict[str, Any]]:
     sizes: Counter[str] = Counter()
     for file in files:
@@ -129,6 +138,9 @@ def _windows(
             "end": format_us(one.window.end_us),
             "digest": one.digest,
             "num_rows": one.num_rows,
+            "num_rows_gone": num_gone(one),
+            "revision": one.revision,
+            **{k: one.facts[k] for k in ("name", "reason", "replaces", "at") if k in one.facts},
             # None: it lies in a compacted segment together with others, or it is empty.
             "num_bytes": sizes.get(one.window.segment),
             **{k: v for k, v in one.facts.items() if k.startswith("num_")},
@@ -163,6 +175,8 @@ def show(facts: dict[str, Any], console: Console, *, max_windows: int = 20) -> N
             console.print(table)
     if "segments" in facts:
         _show_files(facts, console)
+    if facts.get("removals"):
+        console.print(_removal_table(facts["removals"]))
     if "versions" in facts:
         show_versions(facts["versions"], console)
     windows = facts.get("windows", [])
@@ -180,10 +194,18 @@ def _window_table(windows: list[dict[str, Any]]) -> Table:
     for name in ("rows", "users", "bytes", "bytes/row"):
         table.add_column(name, justify="right")
     table.add_column("")
+    changed = any(one["revision"] > 1 or one["num_rows_gone"] for one in windows)
+    if changed:
+        table.add_column("gone", justify="right")
+        table.add_column("revision")
     table.add_column("digest", overflow="fold", min_width=33)
     most = max(window["num_rows"] for window in windows) or 1
     for window in windows:
         rows, size = window["num_rows"], window["num_bytes"]
+        since = []
+        if changed:
+            why = f" ({window['reason']})" if "reason" in window else ""
+            since = [f"{window['num_rows_gone']:,}", f"{window['revision']}{why}"]
         table.add_row(
             window["window"],
             f"{rows:,}",
@@ -191,7 +213,27 @@ def _window_table(windows: list[dict[str, Any]]) -> Table:
             "-" if size is None else f"{size:,}",
             f"{size / rows:.1f}" if rows and size else "-",
             "█" * round(12 * rows / most),
+            *since,
             window["digest"].rpartition("-")[2],
+        )
+    return table
+
+
+def _removal_table(removals: list[dict[str, Any]]) -> Table:
+    table = Table("removal", "when", "through", header_style="bold")
+    for name in ("users", "rows"):
+        table.add_column(name, justify="right")
+    table.add_column("reason", overflow="fold")
+    table.add_column("id")
+    for one in removals:
+        table.add_row(
+            one["kind"] if one["done"] else f"{one['kind']}, not complete: call it again",
+            one["at"],
+            one["through"] or "-",
+            f"{one['num_users']:,}",
+            f"{one['num_rows']:,}",
+            one["reason"] or "-",
+            one["id"],
         )
     return table
 

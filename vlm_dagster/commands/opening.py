@@ -13,7 +13,14 @@ from vlm_dagster.sealed.opening import table_kind
 from vlm_dagster.storage import normalize_uri
 from vlm_dagster.training.checkpoint import MANIFEST, Manifest, read_manifest
 
-__all__ = ["CheckpointFolder", "Opened", "open_any", "parse_storage_options"]
+__all__ = [
+    "CheckpointFolder",
+    "Opened",
+    "history_of",
+    "open_any",
+    "parse_storage_options",
+    "table_of",
+]
 
 
 @dataclass(frozen=True)
@@ -57,3 +64,17 @@ def parse_storage_options(pairs: list[str]) -> dict[str, str] | None:
             raise TableError("--storage-option", "not KEY=VALUE", "Write it like region=eu-west-1.")
         found[key] = value
     return found or None
+
+
+def table_of(opened: Opened, uri: str) -> HistoryStore | PointerDataset:
+    """The table at an address, or TableError."""
+    if isinstance(opened, CheckpointFolder):
+        raise TableError(uri, "this is a checkpoint, no table", "Give the address of a table.")
+    return opened
+
+
+def history_of(opened: Opened, uri: str) -> HistoryStore:
+    """The history table at an address, or TableError."""
+    if not isinstance(opened, HistoryStore):
+        raise TableError(uri, "this is not a history table", "Give the address of one.")
+    return opened

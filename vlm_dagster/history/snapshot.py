@@ -212,6 +212,10 @@ class Snapshot:
         """The events that were sealed and have left since: of erased users, or of dropped windows."""
         return sum(sealed.num_events for sealed in self._covered) - self.num_events
 
+    def num_gone(self, sealed: SealedWindow) -> int:
+        """The events of a window that have left since it was sealed."""
+        return sealed.num_rows - self._state.left(sealed.window.index).num_rows
+
     @property
     def removals(self) -> tuple[Removal, ...]:
         """The record of what left the table, oldest first."""

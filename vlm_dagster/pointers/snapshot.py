@@ -15,6 +15,7 @@ from vlm_dagster.history.arena import BucketIndex
 from vlm_dagster.history.snapshot import SnapshotRef, prefix_digest
 from vlm_dagster.pointers.spec import PointerSpec
 from vlm_dagster.sealed import SealedTable, SealedWindow, TableState, VerifyReport
+from vlm_dagster.sealed.gone import Removal
 from vlm_dagster.sealed.verify import verify
 from vlm_dagster.storage import redact
 
@@ -101,6 +102,15 @@ class PointerSnapshot:
     @property
     def num_examples(self) -> int:
         return sum(self._state.left(sealed.window.index).num_rows for sealed in self.windows)
+
+    @property
+    def removals(self) -> tuple[Removal, ...]:
+        """The record of what left the dataset, oldest first."""
+        return self._state.gone.removals
+
+    def num_gone(self, sealed: SealedWindow) -> int:
+        """The examples of a window that have left since it was sealed."""
+        return sealed.num_rows - self._state.left(sealed.window.index).num_rows
 
     @cached_property
     def digest(self) -> str:

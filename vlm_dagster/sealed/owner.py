@@ -57,6 +57,11 @@ class WindowedTable:
         return self._table.spec.num_buckets
 
     @property
+    def user_id(self) -> pa.DataType:
+        """The type of user ids."""
+        return self._table.spec.columns.field("user_id").type
+
+    @property
     def grid(self) -> WindowGrid:
         return self._table.spec.grid
 
