@@ -155,9 +155,9 @@ def test_encodings_follow_the_kind_unless_the_trait_says_otherwise(tmp_path: Pat
     store.seal("2025-01-01", pa.table(rows))
     found = encodings_of(Path(store.uri, store.snapshot().files()["path"][0].as_py()))
     assert "available_at" not in found  # it would repeat event_time
-    for name in ("user_id", "event_id", "event_time", "item_id"):
+    for name in ("user_id", "event_time", "item_id"):
         assert "DELTA_BINARY_PACKED" in found[name]
-    assert "BYTE_STREAM_SPLIT" in found["dwell"] & found["code"]
+    assert "BYTE_STREAM_SPLIT" in found["dwell"] & found["code"] & found["event_id"]
     assert "RLE_DICTIONARY" in found["action"] & found["shop"]
     assert found["price"] <= {"PLAIN", "RLE"}
     again = HistoryStore.open(store.uri)
