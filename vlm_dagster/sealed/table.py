@@ -66,7 +66,6 @@ class SealedTable:
         self._readers: dict[str, SegmentReader] = {}
         self._readers_bytes = 0
         self._files = lru_cache(maxsize=4)(self._load_files)
-        self._buckets = lru_cache(maxsize=4)(self._load_buckets)
         self._checked = lru_cache(maxsize=4)(self._check_files)
         self._gone_users = lru_cache(maxsize=64)(lambda path: GoneUsers.read(self.storage, path))
 
@@ -235,16 +234,21 @@ class SealedTable:
         return self._files(version)
 
     def _load_files(self, version: int) -> pa.Table:
-        actions = pa.table(self.handle(version).get_add_actions(flatten=True))
-        return pa.table(
-            {
-                "path": actions["path"].cast(pa.string()),
-                "segment": actions["partition.segment"].cast(pa.string()),
-                "bucket": actions["partition.bucket"].cast(pa.int32()),
-                "num_rows": actions["num_records"].cast(pa.int64()),
-                "size_bytes": actions["size_bytes"].cast(pa.int64()),
-            }
-        ).sort_by([("bucket", "ascending"), ("segment", "ascending"), ("path", "ascending")])
+        with self.newest.lent() as handle:
+            # Loading a handle takes longer, the more files there are: mostly this one will do.
+            at = handle if handle.version() == version else self.handle(version)
+            actions = pa.table(at.get_add_actions(flatten=True))
+        return _by_place(
+            pa.table(
+                {
+                    "path": actions["path"].cast(pa.string()),
+                    "segment": actions["partition.segment"].cast(pa.string()),
+                    "bucket": actions["partition.bucket"].cast(pa.int32()),
+                    "num_rows": actions["num_records"].cast(pa.int64()),
+                    "size_bytes": actions["size_bytes"].cast(pa.int64()),
+                }
+            )
+        )
 
     def segments(self, version: int) -> list[Segment]:
         """What the files at a version belong to, oldest first.
@@ -299,11 +303,14 @@ class SealedTable:
             return GoneUsers.none(self.spec.columns.field("user_id").type)
         return self._gone_users(path)
 
-    def _load_buckets(self, version: int) -> dict[int, dict[str, list[str]]]:
+    def _places(self, version: int, low: int, high: int) -> dict[int, dict[str, list[str]]]:
+        """The paths of the files in the buckets `[low, high)`, by bucket and segment."""
         self.segments(version)
-        found: dict[int, dict[str, list[str]]] = {}
         files = self.files(version).select(["bucket", "segment", "path"])
-        for bucket, segment, path in zip(*(c.to_pylist() for c in files.columns), strict=True):
+        begin, end = np.searchsorted(files["bucket"].to_numpy(), [low, high]).tolist()
+        found: dict[int, dict[str, list[str]]] = {}
+        columns = (column.to_pylist() for column in files.slice(begin, end - begin).columns)
+        for bucket, segment, path in zip(*columns, strict=True):
             found.setdefault(bucket, {}).setdefault(segment, []).append(path)
         return found
 
@@ -312,14 +319,14 @@ class SealedTable:
     ) -> list[tuple[str, SegmentReader]]:
         """(segment, reader) of those of these segments that have rows in a bucket, in the order of
         `segments`."""
-        paths = self._buckets(version).get(bucket, {})
+        paths = self._places(version, bucket, bucket + 1).get(bucket, {})
         return [(name, self.reader(paths[name], version)) for name in segments if name in paths]
 
     def all_readers(
         self, version: int, segments: Iterable[str]
     ) -> Iterator[tuple[str, SegmentReader]]:
         """(segment, reader) of all buckets, segment by segment and bucket by bucket."""
-        buckets = self._buckets(version)
+        buckets = self._places(version, 0, self.spec.num_buckets)
         for name in segments:
             for bucket in sorted(buckets):
                 if name in buckets[bucket]:
@@ -355,3 +362,17 @@ class SealedTable:
                 self.storage, paths, self.spec, version, self.stats, self.explain_missing
             ),
         )
+
+
+def _by_place(files: pa.Table) -> pa.Table:
+    """Sorted by bucket, segment and path."""
+    segments = files["segment"].combine_chunks().dictionary_encode()
+    names = np.array(segments.dictionary.to_pylist(), object)
+    rank = np.argsort(np.argsort(names))
+    places = files["bucket"].to_numpy().astype(np.int64) * max(len(names), 1)
+    places += rank[segments.indices.to_numpy()] if len(names) else 0
+    order = np.argsort(places, kind="stable")
+    if (np.diff(places[order]) == 0).any():  # another writer's: several files in one place
+        by = [("bucket", "ascending"), ("segment", "ascending"), ("path", "ascending")]
+        return files.sort_by(by)
+    return files.take(pa.array(order))
