@@ -19,7 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vlm_dagster.sealed.gathering import gather
+from vlm_dagster.history.buffers import ArenaBuffers
+from vlm_dagster.history.filling import FilePart, fill
 from vlm_dagster.sealed.reader import SegmentReader
 
 __all__ = ["BucketIndex", "Histories"]
@@ -144,63 +145,58 @@ class BucketIndex:
             setattr(part, name, getattr(self, name)[:, low:high])
         return part
 
-    def read(self, columns: Sequence[str], first: I64, end: I64) -> Histories:
+    def read(
+        self,
+        columns: Sequence[str],
+        first: I64,
+        end: I64,
+        *,
+        buffers: ArenaBuffers | None = None,
+        threads: int = 1,
+    ) -> Histories:
         """The events at positions `[first[i], end[i])` of each user i; only files that hold
         some of them are read.
+
+        Memory: the events themselves, and what is decoded at once of one file for each thread.
+        Columns of strings and booleans take twice their size while they are read.
 
         Args:
             columns: the columns to decode.
             first: [U], at least `gone` and at most `end`.
             end: [U], at most `num_events`.
+            buffers: memory to read into; fresh memory if None.
+            threads: that decode, this one included.
         """
         assert (first >= self.gone).all(), "events are asked for that are gone"
         stored = [self._aliases.get(name, name) for name in columns]
+        kinds = {name: self._schema.field(name).type for name in stored}
         begins = self._ends - self._counts
         low = np.clip(first[None, :] - begins, 0, self._counts)
         high = np.clip(end[None, :] - begins, 0, self._counts)
-        tables: list[pa.Table] = []
-        offsets: list[I64] = []
-        sizes: list[I64] = []
-        base = 0
+        bounds = np.concatenate([[0], np.cumsum(end - first)]).astype(np.int64)
+        assert (high - low).sum() == bounds[-1], "asked for events that are not in these files"
+        # Where position 0 of each user would stand in the arena.
+        origins = bounds[:-1] - first
+        parts: list[FilePart] = []
         for i, reader in enumerate(self._readers):
             some = np.flatnonzero(high[i] > low[i])
             if not len(some):
                 continue
-            rows, counts = self._stripes(reader, self._at[i, some], low[i, some], high[i, some])
-            table, moved = reader.read_rows(
-                list(dict.fromkeys(stored)), rows.ravel(), counts.ravel()
+            rows, counts, lows = self._stripes(
+                reader, self._at[i, some], low[i, some], high[i, some]
             )
-            # Per band, from the far to the near one: the order of positions.
-            for band in range(len(rows)):
-                place = np.zeros((2, len(self.user_ids)), np.int64)
-                place[0, some] = moved.reshape(rows.shape)[band] + base
-                place[1, some] = counts[band]
-                offsets.append(place[0])
-                sizes.append(place[1])
-            base += table.num_rows
-            tables.append(table)
-        lengths = end - first
-        bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        values: dict[str, pa.Array] = {}
-        if not tables:
-            for name in columns:
-                values[name] = pa.array([], self._schema.field(name).type)
-            return Histories(self.user_ids, bounds, values, end.astype(np.int64))
-        # User by user, and within a user stripe by stripe: that is the order of positions.
-        order_offsets, order_sizes = np.stack(offsets, 1).ravel(), np.stack(sizes, 1).ravel()
-        for name in dict.fromkeys(stored):
-            chunks = [chunk for table in tables for chunk in table.column(name).chunks]
-            whole = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
-            values[name] = gather(whole, order_offsets, order_sizes)
-        values = {name: values[at] for name, at in zip(columns, stored, strict=True)}
+            targets = lows + (origins + begins[i])[some]
+            held = counts > 0
+            parts.append(FilePart(reader, rows[held], counts[held], targets[held]))
+        found = fill(parts, kinds, int(bounds[-1]), buffers=buffers, threads=threads)
+        values = {name: found[at] for name, at in zip(columns, stored, strict=True)}
         return Histories(self.user_ids, bounds, values, end.astype(np.int64))
 
     @staticmethod
-    def _stripes(reader: SegmentReader, at: I64, low: I64, high: I64) -> tuple[I64, I64]:
-        """The rows `[low, high)` of some users of a file, as row ranges of the file: [B, U] where
-        they begin and [B, U] how many, the far band first."""
+    def _stripes(reader: SegmentReader, at: I64, low: I64, high: I64) -> tuple[I64, I64, I64]:
+        """The rows `[low, high)` of some users of a file, as row ranges of the file, [B, U]: where
+        they begin there, how many they are, and which of the user's rows is the first of them."""
         layout = reader.users.layout
         lows = np.maximum(low, layout.lows[:, at])
         counts = np.maximum(np.minimum(high, layout.highs[:, at]) - lows, 0)
-        rows = layout.starts[:, at] + np.where(counts > 0, lows - layout.lows[:, at], 0)
-        return rows[::-1], counts[::-1]
+        return layout.starts[:, at] + lows - layout.lows[:, at], counts, lows

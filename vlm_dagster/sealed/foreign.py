@@ -8,7 +8,7 @@ whole of the columns asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from vlm_dagster.errors import CorruptFileError
 from vlm_dagster.hashing import run_lengths
-from vlm_dagster.sealed.reader import OnMissing
+from vlm_dagster.sealed.reader import OnMissing, Piece
 from vlm_dagster.sealed.spec import TableSpec
 from vlm_dagster.sealed.stats import ReadStats
 from vlm_dagster.sealed.stripes import Stripes
@@ -38,6 +38,7 @@ class ForeignReader:
     """
 
     has_index = False
+    fetches = False
 
     def __init__(
         self,
@@ -102,9 +103,19 @@ class ForeignReader:
             table=self._storage.uri, path=path, version=self._version, problem=problem
         )
 
-    def read_rows(self, columns: Sequence[str], starts: I64, counts: I64) -> tuple[pa.Table, I64]:
-        """As `SegmentReader.read_rows`."""
-        return self.read_groups(columns), starts
+    def pieces(self, starts: I64, counts: I64) -> tuple[list[Piece], I64]:
+        """As `SegmentReader.pieces`: one of all rows."""
+        return [Piece([], 0, len(self._order))], starts
+
+    def open(self, columns: Sequence[str], pieces: Sequence[Piece]) -> None:
+        """Nothing to open ahead."""
+
+    def decode(
+        self, source: None, columns: Sequence[str], pieces: Sequence[Piece]
+    ) -> Iterator[tuple[Piece, pa.Table]]:
+        """As `SegmentReader.decode`."""
+        for piece in pieces:
+            yield piece, self.read_groups(columns)
 
     def read_groups(self, columns: Sequence[str], groups: list[int] | None = None) -> pa.Table:
         """All rows, sorted, these columns only; `groups` is None."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,10 +22,24 @@ from vlm_dagster.sealed.users import decode_users
 from vlm_dagster.sealed.writer import FILE_FORMAT, HEADER_KEY, USERS_KEY
 from vlm_dagster.storage import Storage
 
-__all__ = ["NoIndexError", "OnMissing", "SegmentReader"]
+__all__ = ["NoIndexError", "OnMissing", "Piece", "SegmentReader"]
 
 I64 = npt.NDArray[np.int64]
 OnMissing = Callable[[str, int | None], None]
+
+
+# Decoded at once: so few that they are still in the processor's cache when they are copied from.
+_PIECE_ROWS = 131_072
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Row groups that are decoded together, and which of the rows read, counted over all pieces of
+    their file, they hold: `[begin, end)`."""
+
+    groups: list[int]
+    begin: int
+    end: int
 
 
 class NoIndexError(CorruptFileError):
@@ -176,58 +191,128 @@ class SegmentReader:
         """What this object holds in memory, roughly."""
         return self.users.num_bytes + int(self._metadata.serialized_size)
 
-    def read_rows(self, columns: Sequence[str], starts: I64, counts: I64) -> tuple[pa.Table, I64]:
-        """Read row ranges.
+    def pieces(self, starts: I64, counts: I64) -> tuple[list[Piece], I64]:
+        """Which row groups hold some row ranges.
 
         Args:
-            columns: the columns to read; no other one is decoded.
             starts: [R] first row of each range, in any order.
-            counts: [R] rows of each range.
+            counts: [R] rows of each range, at least 1.
 
         Returns:
-            A table of the row groups that the ranges touch, and [R] where each range begins in it.
+            The row groups that the ranges touch, in pieces, and [R] where each range begins among
+            the rows of these pieces, one after another.
         """
-        wanted = counts > 0
-        first = np.searchsorted(self._group_ends, starts[wanted], side="right")
-        last = np.searchsorted(self._group_ends, starts[wanted] + counts[wanted] - 1, side="right")
+        first = np.searchsorted(self._group_ends, starts, side="right")
+        last = np.searchsorted(self._group_ends, starts + counts - 1, side="right")
         touched = np.zeros(len(self._group_ends) + 1, np.int64)
         np.add.at(touched, first, 1)
         np.add.at(touched, last + 1, -1)
         chosen = np.cumsum(touched[:-1]) > 0
         sizes = np.diff(self._group_ends, prepend=0)
         skipped = np.cumsum(np.where(chosen, 0, sizes))
-        table = self.read_groups(columns, np.flatnonzero(chosen).tolist())
-        group_of = np.searchsorted(self._group_ends, starts, side="right")
-        group_of = np.minimum(group_of, max(len(sizes) - 1, 0))
-        moved = starts - (skipped[group_of] if len(sizes) else 0)
-        return table, np.where(wanted, moved, 0)
+        pieces: list[Piece] = []
+        groups: list[int] = []
+        begin = end = 0
+        for group in np.flatnonzero(chosen).tolist():
+            size = int(sizes[group])
+            if groups and end + size > begin + _PIECE_ROWS:
+                pieces.append(Piece(groups, begin, end))
+                groups, begin = [], end
+            groups.append(group)
+            end += size
+        pieces.append(Piece(groups, begin, end))
+        return pieces, starts - skipped[first]
+
+    def open(self, columns: Sequence[str], pieces: Sequence[Piece]) -> Any:
+        """A source for `decode` of the same columns and pieces. Where reading takes a round trip, it
+        begins to fetch them now."""
+        groups = [group for piece in pieces for group in piece.groups]
+        try:
+            return self._open_groups(columns, groups)
+        except FileNotFoundError:
+            raise self._missing() from None
+        except OSError as error:
+            raise self._corrupt(f"cannot be read ({error})") from error
+
+    def _open_groups(self, columns: Sequence[str], groups: Sequence[int]) -> Any:
+        if not self._storage.fetches:
+            return self._storage.open_ranges(self.path, [])
+        ranges = [self._chunk_ranges[name][group] for name in columns for group in groups]
+        return self._storage.open_ranges(self.path, ranges)
+
+    @cached_property
+    def _chunk_ranges(self) -> dict[str, list[tuple[int, int]]]:
+        """Per column, [G] the bytes `[start, end)` of the file that its pages take."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for g in range(self._metadata.num_row_groups):
+            group = self._metadata.row_group(g)
+            for i in range(self._metadata.num_columns):
+                chunk = group.column(i)
+                start = chunk.data_page_offset
+                if chunk.has_dictionary_page:
+                    start = min(start, chunk.dictionary_page_offset)
+                found.setdefault(chunk.path_in_schema, []).append(
+                    (start, start + chunk.total_compressed_size)
+                )
+        return found
+
+    @property
+    def fetches(self) -> bool:
+        """Whether it pays to `open` ahead."""
+        return self._storage.fetches
+
+    def num_bytes_of(self, columns: Sequence[str], pieces: Sequence[Piece]) -> int:
+        """What `decode` of these columns and pieces reads."""
+        groups = [group for piece in pieces for group in piece.groups]
+        return sum(int(self.column_bytes[name][groups].sum()) for name in columns)
+
+    def decode(
+        self, source: Any, columns: Sequence[str], pieces: Sequence[Piece]
+    ) -> Iterator[tuple[Piece, pa.Table]]:
+        """The rows of each piece, these columns only; closes the source at the end."""
+        groups = [group for piece in pieces for group in piece.groups]
+        proved = self._is_proved(columns, groups)
+        try:
+            with source:
+                file = self._file(source, proved)
+                self._count(groups, columns)
+                for piece in pieces:
+                    yield piece, self._read(file, piece.groups, columns)
+        except FileNotFoundError:
+            raise self._missing() from None
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
+            raise self._corrupt(f"cannot be read ({error})") from error
+        self._prove(columns, groups)
 
     def read_groups(self, columns: Sequence[str], groups: list[int] | None = None) -> pa.Table:
         """Read whole row groups (all by default), these columns only, in the order asked for."""
         if groups is None:
             groups = list(range(self._metadata.num_row_groups))
+        piece = Piece(groups, 0, 0)
+        ((_, table),) = self.decode(self.open(columns, [piece]), columns, [piece])
+        return table
+
+    def _file(self, source: Any, proved: bool) -> pq.ParquetFile:
+        return pq.ParquetFile(
+            source,
+            metadata=self._metadata,
+            pre_buffer=False,
+            page_checksum_verification=not proved,
+        )
+
+    @staticmethod
+    def _read(file: pq.ParquetFile, groups: list[int], columns: Sequence[str]) -> pa.Table:
+        names = list(columns)
+        return file.read_row_groups(groups, columns=names, use_threads=False).select(names)
+
+    def _is_proved(self, columns: Sequence[str], groups: list[int]) -> bool:
         blank = np.zeros(len(self._group_ends), bool)
-        proved = all(self._proved.get(name, blank)[groups].all() for name in columns)
-        try:
-            with self._storage.open_input(self.path) as source:
-                file = pq.ParquetFile(
-                    source,
-                    metadata=self._metadata,
-                    pre_buffer=False,
-                    page_checksum_verification=not proved,
-                )
-                self._count(groups, columns)
-                found = file.read_row_groups(
-                    groups, columns=list(columns), use_threads=False
-                ).select(list(columns))
-        except FileNotFoundError:
-            raise self._missing() from None
-        except (pa.ArrowInvalid, OSError, ValueError) as error:
-            raise self._corrupt(f"cannot be read ({error})") from error
-        if not proved:
-            for name in columns:
-                self._proved.setdefault(name, blank.copy())[groups] = True
-        return found
+        return all(self._proved.get(name, blank)[groups].all() for name in columns)
+
+    def _prove(self, columns: Sequence[str], groups: list[int]) -> None:
+        for name in columns:
+            found = self._proved.setdefault(name, np.zeros(len(self._group_ends), bool))
+            found[groups] = True
 
     def _count(self, groups: list[int], columns: Sequence[str]) -> None:
         if self._stats.counts_bytes:

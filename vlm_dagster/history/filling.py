@@ -1,0 +1,209 @@
+"""Filling arenas: decode some row groups of a file, copy their ranges into place, go on.
+
+Nothing is held of a file but the piece being decoded, which is still in the processor's cache when it
+is copied from. Files are independent of each other, so threads share them out; where storage has to
+fetch, the bytes of the next files are on their way meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from vlm_dagster.history.buffers import ArenaBuffers
+from vlm_dagster.sealed.gathering import Placement, gather, width_of
+from vlm_dagster.sealed.reader import Piece, SegmentReader
+
+__all__ = ["FilePart", "fill"]
+
+I64 = npt.NDArray[np.int64]
+
+# A task is so many pieces of a file: enough that opening it again costs nothing beside, few enough
+# that threads end at about the same time.
+_PIECES_AT_ONCE = 8
+# Fetched ahead of decoding.
+_AHEAD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Row ranges of a file, and where they go.
+
+    Attributes:
+        rows, counts, targets: [R] where each range begins in the file, how many rows it has (at least
+            1), and where it begins in the arena.
+    """
+
+    reader: SegmentReader
+    rows: I64
+    counts: I64
+    targets: I64
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Some pieces of a file, and all of the file's ranges, in order of where they begin among the rows
+    of its pieces."""
+
+    reader: SegmentReader
+    pieces: list[Piece]
+    starts: I64
+    counts: I64
+    targets: I64
+
+    def placed(self, piece: Piece) -> tuple[I64, I64, I64]:
+        """The ranges' parts that lie in a piece: starts within it, counts, targets."""
+        low = int(np.searchsorted(self.starts + self.counts, piece.begin, side="right"))
+        high = int(np.searchsorted(self.starts, piece.end, side="left"))
+        starts, counts = self.starts[low:high], self.counts[low:high]
+        begins = np.maximum(starts, piece.begin)
+        ends = np.minimum(starts + counts, piece.end)
+        return begins - piece.begin, ends - begins, self.targets[low:high] + begins - starts
+
+
+def fill(
+    parts: Sequence[FilePart],
+    kinds: Mapping[str, pa.DataType],
+    num_events: int,
+    *,
+    buffers: ArenaBuffers | None,
+    threads: int,
+) -> dict[str, pa.Array]:
+    """The columns of an arena, [num_events] each; the targets of all parts cover it once.
+
+    Args:
+        kinds: the types of the columns, by name.
+    """
+    arena = _Arena(kinds, num_events, buffers or ArenaBuffers(0))
+    tasks = list(_tasks(parts))
+    names = list(kinds)
+    with _Ahead(tasks, names) as sources:
+        if threads > 1 and len(tasks) > 1:
+            with ThreadPoolExecutor(threads, thread_name_prefix="vlm-decode") as pool:
+                running: deque[Future[None]] = deque()
+                try:
+                    for task, source in sources:
+                        running.append(pool.submit(arena.take, task, names, source))
+                        if len(running) > threads:
+                            running.popleft().result()
+                    while running:
+                        running.popleft().result()
+                finally:
+                    for future in running:
+                        future.cancel()
+        else:
+            for task, source in sources:
+                arena.take(task, names, source)
+    return arena.columns()
+
+
+def _tasks(parts: Sequence[FilePart]) -> Iterator[_Task]:
+    for part in parts:
+        pieces, starts = part.reader.pieces(part.rows, part.counts)
+        order = np.argsort(starts)
+        ranges = starts[order], part.counts[order], part.targets[order]
+        for at in range(0, len(pieces), _PIECES_AT_ONCE):
+            yield _Task(part.reader, pieces[at : at + _PIECES_AT_ONCE], *ranges)
+
+
+class _Ahead:
+    """Opens the tasks' files in order, some ahead of the one that is asked for."""
+
+    def __init__(self, tasks: Sequence[_Task], names: Sequence[str]) -> None:
+        self._tasks = deque(tasks)
+        self._names = names
+        self._open: deque[tuple[_Task, Any, int]] = deque()
+
+    def __enter__(self) -> Iterator[tuple[_Task, Any]]:
+        return iter(self._run())
+
+    def _run(self) -> Iterator[tuple[_Task, Any]]:
+        ahead = 0
+        while self._tasks or self._open:
+            while self._tasks and (not self._open or ahead < _AHEAD_BYTES):
+                task = self._tasks.popleft()
+                fetches = task.reader.fetches
+                size = task.reader.num_bytes_of(self._names, task.pieces) if fetches else 0
+                self._open.append((task, task.reader.open(self._names, task.pieces), size))
+                ahead += size
+                if not fetches:
+                    break
+            task, source, size = self._open.popleft()
+            ahead -= size
+            yield task, source
+
+    def __exit__(self, *_: object) -> None:
+        for _task, source, _size in self._open:
+            if source is not None:
+                source.close()
+
+
+class _Arena:
+    """The columns while they are filled. Tasks may run in any order and at the same time."""
+
+    def __init__(
+        self, kinds: Mapping[str, pa.DataType], num_events: int, buffers: ArenaBuffers
+    ) -> None:
+        self._kinds = kinds
+        self._num_events = num_events
+        widths = {name: width_of(kind) for name, kind in kinds.items()}
+        self._memory = {
+            name: buffers.empty(num_events, f"u{width}")
+            for name, width in widths.items()
+            if width is not None
+        }
+        self._others = [name for name, width in widths.items() if width is None]
+        # Of these columns: the decoded pieces, with where their ranges lie in them and in the arena.
+        self._pieces: list[tuple[pa.Table, I64, I64, I64]] = []
+
+    def take(self, task: _Task, names: Sequence[str], source: Any) -> None:
+        """Decode a task's pieces and copy their ranges into place."""
+        for piece, table in task.reader.decode(source, names, task.pieces):
+            ranges = task.placed(piece)
+            placement = Placement(*ranges)
+            for name, memory in self._memory.items():
+                placement.copy(_whole(table.column(name)), memory)
+            if self._others:
+                self._pieces.append((table.select(self._others), *ranges))
+
+    def columns(self) -> dict[str, pa.Array]:
+        """All columns, once all tasks are done."""
+        found: dict[str, pa.Array] = {}
+        if self._others:
+            found |= self._gathered()
+        for name, memory in self._memory.items():
+            found[name] = pa.Array.from_buffers(
+                self._kinds[name], self._num_events, [None, pa.py_buffer(memory)], null_count=0
+            )
+        return found
+
+    def _gathered(self) -> dict[str, pa.Array]:
+        """Values without a fixed place: put all that was decoded in a row, gather from there."""
+        if not self._pieces:
+            return {name: pa.array([], self._kinds[name]) for name in self._others}
+        tables, starts, counts, targets = zip(*self._pieces, strict=True)
+        sizes = np.array([table.num_rows for table in tables])
+        bases = np.cumsum(sizes) - sizes
+        begins = np.concatenate([s + b for s, b in zip(starts, bases, strict=True)])
+        order = np.argsort(np.concatenate(targets))
+        lengths = np.concatenate(counts)[order]
+        return {
+            name: gather(
+                pa.concat_arrays([c for t in tables for c in t.column(name).chunks]),
+                begins[order],
+                lengths,
+            )
+            for name in self._others
+        }
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column of a piece; pieces of fixed-width values come in one chunk."""
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
