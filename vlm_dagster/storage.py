@@ -138,7 +138,7 @@ class LocalStorage:
 
     def open_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Any:
         # Not a memory map: mapping a file's pages costs a tenth of decoding them.
-        return pa.OSFile(str(self._root / path), "r")
+        return pa.OSFile(f"{self._root}/{path}", "r")
 
     def read_bytes(self, path: str) -> bytes:
         return (self._root / path).read_bytes()

@@ -27,7 +27,7 @@ I64 = npt.NDArray[np.int64]
 
 # A task is so many pieces of a file: enough that opening it again costs nothing beside, few enough
 # that threads end at about the same time.
-_PIECES_AT_ONCE = 8
+_PIECES_AT_ONCE = 16
 # Fetched ahead of decoding.
 _AHEAD_BYTES = 64 << 20
 
@@ -47,25 +47,17 @@ class FilePart:
     targets: I64
 
 
+Ranges = tuple[I64, I64, I64]
+"""[R] where each range begins among some rows, how many rows it has, where it goes in the arena."""
+
+
 @dataclass(frozen=True)
 class _Task:
-    """Some pieces of a file, and all of the file's ranges, in order of where they begin among the rows
-    of its pieces."""
+    """Some pieces of a file, and the ranges within each of them."""
 
     reader: SegmentReader
     pieces: list[Piece]
-    starts: I64
-    counts: I64
-    targets: I64
-
-    def placed(self, piece: Piece) -> tuple[I64, I64, I64]:
-        """The ranges' parts that lie in a piece: starts within it, counts, targets."""
-        low = int(np.searchsorted(self.starts + self.counts, piece.begin, side="right"))
-        high = int(np.searchsorted(self.starts, piece.end, side="left"))
-        starts, counts = self.starts[low:high], self.counts[low:high]
-        begins = np.maximum(starts, piece.begin)
-        ends = np.minimum(starts + counts, piece.end)
-        return begins - piece.begin, ends - begins, self.targets[low:high] + begins - starts
+    ranges: list[Ranges]
 
 
 def fill(
@@ -107,10 +99,32 @@ def fill(
 def _tasks(parts: Sequence[FilePart]) -> Iterator[_Task]:
     for part in parts:
         pieces, starts = part.reader.pieces(part.rows, part.counts)
-        order = np.argsort(starts)
-        ranges = starts[order], part.counts[order], part.targets[order]
+        ranges = _cut(pieces, starts, part.counts, part.targets)
         for at in range(0, len(pieces), _PIECES_AT_ONCE):
-            yield _Task(part.reader, pieces[at : at + _PIECES_AT_ONCE], *ranges)
+            end = at + _PIECES_AT_ONCE
+            yield _Task(part.reader, pieces[at:end], ranges[at:end])
+
+
+def _cut(pieces: Sequence[Piece], starts: I64, counts: I64, targets: I64) -> list[Ranges]:
+    """The ranges of each piece: those that reach over a piece's end are cut there."""
+    order = np.argsort(starts)
+    starts, targets = starts[order], targets[order]
+    ends = starts + counts[order]
+    begins = np.array([piece.begin for piece in pieces])
+    owner = np.searchsorted(starts, begins) - 1  # the last range that begins before
+    cut = (owner >= 0) & (ends[owner] > begins)
+    owner = np.concatenate([np.arange(len(starts)), owner[cut]])
+    parts = np.concatenate([starts, begins[cut]])
+    order = np.argsort(parts, kind="stable")
+    owner, parts = owner[order], parts[order]
+    # Ranges are disjoint: one ends where the next begins only if it was cut there, or just ends.
+    lengths = np.minimum(ends[owner], np.append(parts[1:], ends[-1])) - parts
+    goes = targets[owner] + parts - starts[owner]
+    bounds = np.append(np.searchsorted(parts, begins), len(parts)).tolist()
+    return [
+        (parts[low:high] - piece.begin, lengths[low:high], goes[low:high])
+        for piece, low, high in zip(pieces, bounds, bounds[1:], strict=False)
+    ]
 
 
 class _Ahead:
@@ -159,49 +173,42 @@ class _Arena:
             for name, width in widths.items()
             if width is not None
         }
-        self._others = [name for name, width in widths.items() if width is None]
-        # Of these columns: the decoded pieces, with where their ranges lie in them and in the arena.
-        self._pieces: list[tuple[pa.Table, I64, I64, I64]] = []
+        # Of the other columns: the decoded pieces, and where their ranges lie in them and in the arena.
+        self._pieces: dict[str, list[tuple[pa.Array, I64, I64, I64]]] = {
+            name: [] for name, width in widths.items() if width is None
+        }
 
     def take(self, task: _Task, names: Sequence[str], source: Any) -> None:
         """Decode a task's pieces and copy their ranges into place."""
-        for piece, table in task.reader.decode(source, names, task.pieces):
-            ranges = task.placed(piece)
-            placement = Placement(*ranges)
-            for name, memory in self._memory.items():
-                placement.copy(_whole(table.column(name)), memory)
-            if self._others:
-                self._pieces.append((table.select(self._others), *ranges))
+        here = -1
+        for at, name, values in task.reader.decode(source, names, task.pieces):
+            if at != here:
+                here, placement = at, Placement(*task.ranges[at])
+            memory = self._memory.get(name)
+            if memory is None:
+                self._pieces[name].append((_whole(values), *task.ranges[at]))
+            else:
+                placement.copy(_whole(values), memory)
 
     def columns(self) -> dict[str, pa.Array]:
         """All columns, once all tasks are done."""
-        found: dict[str, pa.Array] = {}
-        if self._others:
-            found |= self._gathered()
+        found = {name: self._gathered(name) for name in self._pieces}
         for name, memory in self._memory.items():
             found[name] = pa.Array.from_buffers(
                 self._kinds[name], self._num_events, [None, pa.py_buffer(memory)], null_count=0
             )
         return found
 
-    def _gathered(self) -> dict[str, pa.Array]:
+    def _gathered(self, name: str) -> pa.Array:
         """Values without a fixed place: put all that was decoded in a row, gather from there."""
-        if not self._pieces:
-            return {name: pa.array([], self._kinds[name]) for name in self._others}
-        tables, starts, counts, targets = zip(*self._pieces, strict=True)
-        sizes = np.array([table.num_rows for table in tables])
+        if not self._pieces[name]:
+            return pa.array([], self._kinds[name])
+        decoded, starts, counts, targets = zip(*self._pieces[name], strict=True)
+        sizes = np.array([len(values) for values in decoded])
         bases = np.cumsum(sizes) - sizes
         begins = np.concatenate([s + b for s, b in zip(starts, bases, strict=True)])
         order = np.argsort(np.concatenate(targets))
-        lengths = np.concatenate(counts)[order]
-        return {
-            name: gather(
-                pa.concat_arrays([c for t in tables for c in t.column(name).chunks]),
-                begins[order],
-                lengths,
-            )
-            for name in self._others
-        }
+        return gather(pa.concat_arrays(decoded), begins[order], np.concatenate(counts)[order])
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:

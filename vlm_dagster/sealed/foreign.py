@@ -112,10 +112,11 @@ class ForeignReader:
 
     def decode(
         self, source: None, columns: Sequence[str], pieces: Sequence[Piece]
-    ) -> Iterator[tuple[Piece, pa.Table]]:
+    ) -> Iterator[tuple[int, str, pa.ChunkedArray]]:
         """As `SegmentReader.decode`."""
-        for piece in pieces:
-            yield piece, self.read_groups(columns)
+        for number, _ in enumerate(pieces):
+            rows = self.read_groups(columns)
+            yield from ((number, name, rows.column(name)) for name in columns)
 
     def read_groups(self, columns: Sequence[str], groups: list[int] | None = None) -> pa.Table:
         """All rows, sorted, these columns only; `groups` is None."""

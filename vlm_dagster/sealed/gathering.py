@@ -53,12 +53,9 @@ class Placement:
 
     def __init__(self, starts: I64, counts: I64, targets: I64) -> None:
         long = counts >= _LONG
-        self._long = [
-            (start, start + count, target, target + count)
-            for start, count, target in zip(
-                starts[long].tolist(), counts[long].tolist(), targets[long].tolist(), strict=True
-            )
-        ]
+        comes, goes, sizes = starts[long], targets[long], counts[long]
+        bounds = (comes, comes + sizes, goes, goes + sizes)
+        self._long = list(zip(*(bound.tolist() for bound in bounds), strict=True))
         short = ~long
         self._starts, self._counts = starts[short], counts[short]
         self._targets = targets[short]

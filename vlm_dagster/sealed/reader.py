@@ -99,12 +99,13 @@ class SegmentReader:
         if zlib.crc32(pairs[USERS_KEY]) != self.header["index_crc32"]:
             raise self._corrupt("has a damaged index of its users")
         self.users = decode_users(pairs[USERS_KEY], Stripes.of(self._edges()))
-        sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
-        self._group_ends = np.cumsum(np.asarray(sizes, np.int64))
+        groups = range(self._metadata.num_row_groups)
+        self._sizes = np.array([self._metadata.row_group(i).num_rows for i in groups], np.int64)
+        self._group_ends = np.cumsum(self._sizes)
         # Per column, [G] whether the checksums of its pages were found right: files never change, so
         # once is enough, and it costs a sixth of the decoding.
         self._proved: dict[str, npt.NDArray[np.bool_]] = {}
-        if int(self.users.counts.sum()) != sum(sizes):
+        if self.users.counts.sum() != self._sizes.sum():
             raise self._corrupt("has an index that does not count its rows")
 
     def _read_header(self, raw: bytes) -> dict[str, Any]:
@@ -208,13 +209,12 @@ class SegmentReader:
         np.add.at(touched, first, 1)
         np.add.at(touched, last + 1, -1)
         chosen = np.cumsum(touched[:-1]) > 0
-        sizes = np.diff(self._group_ends, prepend=0)
-        skipped = np.cumsum(np.where(chosen, 0, sizes))
+        skipped = np.cumsum(np.where(chosen, 0, self._sizes))
         pieces: list[Piece] = []
         groups: list[int] = []
         begin = end = 0
-        for group in np.flatnonzero(chosen).tolist():
-            size = int(sizes[group])
+        taken = np.flatnonzero(chosen)
+        for group, size in zip(taken.tolist(), self._sizes[taken].tolist(), strict=True):
             if groups and end + size > begin + _PIECE_ROWS:
                 pieces.append(Piece(groups, begin, end))
                 groups, begin = [], end
@@ -268,16 +268,19 @@ class SegmentReader:
 
     def decode(
         self, source: Any, columns: Sequence[str], pieces: Sequence[Piece]
-    ) -> Iterator[tuple[Piece, pa.Table]]:
-        """The rows of each piece, these columns only; closes the source at the end."""
+    ) -> Iterator[tuple[int, str, pa.ChunkedArray]]:
+        """The number of each piece, a column's name, and the values of its rows: a column at a time, so
+        that they are still in the processor's cache when they are copied from. Closes the source at
+        the end."""
         groups = [group for piece in pieces for group in piece.groups]
         proved = self._is_proved(columns, groups)
         try:
             with source:
                 file = self._file(source, proved)
                 self._count(groups, columns)
-                for piece in pieces:
-                    yield piece, self._read(file, piece.groups, columns)
+                for number, piece in enumerate(pieces):
+                    for name in columns:
+                        yield number, name, self._read(file, piece.groups, name)
         except FileNotFoundError:
             raise self._missing() from None
         except (pa.ArrowInvalid, OSError, ValueError) as error:
@@ -289,8 +292,8 @@ class SegmentReader:
         if groups is None:
             groups = list(range(self._metadata.num_row_groups))
         piece = Piece(groups, 0, 0)
-        ((_, table),) = self.decode(self.open(columns, [piece]), columns, [piece])
-        return table
+        found = self.decode(self.open(columns, [piece]), columns, [piece])
+        return pa.table({name: values for _, name, values in found})
 
     def _file(self, source: Any, proved: bool) -> pq.ParquetFile:
         return pq.ParquetFile(
@@ -300,10 +303,17 @@ class SegmentReader:
             page_checksum_verification=not proved,
         )
 
-    @staticmethod
-    def _read(file: pq.ParquetFile, groups: list[int], columns: Sequence[str]) -> pa.Table:
-        names = list(columns)
-        return file.read_row_groups(groups, columns=names, use_threads=False).select(names)
+    def _read(self, file: pq.ParquetFile, groups: list[int], column: str) -> pa.ChunkedArray:
+        # `file.read_row_groups` would look up every column's path each time, 40 us.
+        indices = [self._column_indices[column]]
+        return file.reader.read_row_groups(
+            groups, column_indices=indices, use_threads=False
+        ).column(0)
+
+    @cached_property
+    def _column_indices(self) -> dict[str, int]:
+        names = [self._metadata.schema.column(i).name for i in range(self._metadata.num_columns)]
+        return {name: i for i, name in enumerate(names)}
 
     def _is_proved(self, columns: Sequence[str], groups: list[int]) -> bool:
         blank = np.zeros(len(self._group_ends), bool)
@@ -319,5 +329,4 @@ class SegmentReader:
             num_bytes = sum(int(self.column_bytes[name][groups].sum()) for name in columns)
         else:
             num_bytes = 0
-        sizes = np.diff(self._group_ends, prepend=0)
-        self._stats.count_rows(int(sizes[groups].sum()), num_bytes)
+        self._stats.count_rows(int(self._sizes[groups].sum()), num_bytes)
