@@ -30,6 +30,9 @@ OnMissing = Callable[[str, int | None], None]
 
 # Decoded at once: so few that they are still in the processor's cache when they are copied from.
 _PIECE_ROWS = 131_072
+# Of the footer and the page index before it: some 30 bytes for each column of a row group, and some
+# 2 for each user.
+_TAIL_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,19 @@ class Piece:
 
 class NoIndexError(CorruptFileError):
     """The file was not written by this package: `foreign.py` reads such files."""
+
+
+def _read_footer(storage: Storage, path: str) -> pq.FileMetaData:
+    """In one round trip, unless the footer is longer than most."""
+    if not storage.fetches:
+        with storage.open_input(path) as source:
+            return pq.read_metadata(source)
+    tail = storage.read_tail(path, _TAIL_BYTES)
+    if len(tail) >= 8 and tail[-4:] == b"PAR1":
+        needed = int.from_bytes(tail[-8:-4], "little") + 8
+        if needed > len(tail) == _TAIL_BYTES:
+            tail = storage.read_tail(path, needed)
+    return pq.read_metadata(pa.BufferReader(tail))
 
 
 class SegmentReader:
@@ -73,8 +89,7 @@ class SegmentReader:
         self._stats = stats or ReadStats()
         self._on_missing = on_missing
         try:
-            with storage.open_input(path) as source:
-                self._metadata = pq.read_metadata(source)
+            self._metadata = _read_footer(storage, path)
         except FileNotFoundError:
             raise self._missing() from None
         except (pa.ArrowInvalid, OSError, ValueError) as error:
@@ -236,7 +251,7 @@ class SegmentReader:
 
     def _open_groups(self, columns: Sequence[str], groups: Sequence[int]) -> Any:
         if not self._storage.fetches:
-            return self._storage.open_ranges(self.path, [])
+            return self._storage.open_ranges(self.path, [])  # it would not use them
         ranges = [self._chunk_ranges[name][group] for name in columns for group in groups]
         return self._storage.open_ranges(self.path, ranges)
 

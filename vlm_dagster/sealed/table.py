@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
@@ -42,6 +43,7 @@ from vlm_dagster.windows import Window
 __all__ = ["SealedTable"]
 
 _READER_CACHE_BYTES = 256 << 20
+_FOOTERS_AT_ONCE = 16
 
 
 class SealedTable:
@@ -320,17 +322,32 @@ class SealedTable:
         """(segment, reader) of those of these segments that have rows in a bucket, in the order of
         `segments`."""
         paths = self._places(version, bucket, bucket + 1).get(bucket, {})
-        return [(name, self.reader(paths[name], version)) for name in segments if name in paths]
+        names = [name for name in segments if name in paths]
+        readers = self._open_readers([paths[name] for name in names], version)
+        return list(zip(names, readers, strict=True))
 
     def all_readers(
         self, version: int, segments: Iterable[str]
     ) -> Iterator[tuple[str, SegmentReader]]:
         """(segment, reader) of all buckets, segment by segment and bucket by bucket."""
         buckets = self._places(version, 0, self.spec.num_buckets)
-        for name in segments:
-            for bucket in sorted(buckets):
-                if name in buckets[bucket]:
-                    yield name, self.reader(buckets[bucket][name], version)
+        places = [
+            (name, buckets[bucket][name])
+            for name in segments
+            for bucket in sorted(buckets)
+            if name in buckets[bucket]
+        ]
+        for at in range(0, len(places), _FOOTERS_AT_ONCE):
+            some = places[at : at + _FOOTERS_AT_ONCE]
+            readers = self._open_readers([paths for _, paths in some], version)
+            yield from ((name, reader) for (name, _), reader in zip(some, readers, strict=True))
+
+    def _open_readers(self, places: Sequence[Sequence[str]], version: int) -> list[SegmentReader]:
+        """The readers of some places, opened at the same time where each takes a round trip."""
+        if not self.storage.fetches or len(places) < 2:
+            return [self.reader(paths, version) for paths in places]
+        with ThreadPoolExecutor(min(len(places), _FOOTERS_AT_ONCE)) as pool:
+            return list(pool.map(lambda paths: self.reader(paths, version), places))
 
     def reader(self, paths: Sequence[str], version: int | None = None) -> SegmentReader:
         """The reader of the files of one segment and bucket: one file, unless another writer
