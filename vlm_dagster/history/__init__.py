@@ -2,10 +2,12 @@
 
 events -> validate.py -> (engine sorts) -> duplicates.py -> sealed files -> store.py
 snapshot.py: a table at one version   arena.py: users' histories in memory
+filling.py: how they get there   buffers.py: the memory, used again
 """
 
 from vlm_dagster.history.arena import Histories
+from vlm_dagster.history.buffers import ArenaBuffers
 from vlm_dagster.history.snapshot import PinOpener, Snapshot, SnapshotRef
 from vlm_dagster.history.store import HistoryStore
 
-__all__ = ["Histories", "HistoryStore", "PinOpener", "Snapshot", "SnapshotRef"]
+__all__ = ["ArenaBuffers", "Histories", "HistoryStore", "PinOpener", "Snapshot", "SnapshotRef"]

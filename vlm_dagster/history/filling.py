@@ -7,6 +7,7 @@ fetch, the bytes of the next files are on their way meanwhile.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,8 @@ I64 = npt.NDArray[np.int64]
 # A task is so many pieces of a file: enough that opening it again costs nothing beside, few enough
 # that threads end at about the same time.
 _PIECES_AT_ONCE = 16
+# Some 10 ms of decoding, a hundred times what it takes to start threads.
+_MANY_EVENTS = 1_000_000
 # Fetched ahead of decoding.
 _AHEAD_BYTES = 64 << 20
 
@@ -66,15 +69,18 @@ def fill(
     num_events: int,
     *,
     buffers: ArenaBuffers | None,
-    threads: int,
+    threads: int | None,
 ) -> dict[str, pa.Array]:
     """The columns of an arena, [num_events] each; the targets of all parts cover it once.
 
     Args:
         kinds: the types of the columns, by name.
+        threads: that decode. None: one, or from a million events on one a core, at most 4.
     """
     arena = _Arena(kinds, num_events, buffers or ArenaBuffers(0))
     tasks = list(_tasks(parts))
+    if threads is None:
+        threads = min(_num_cores(), 4) if num_events >= _MANY_EVENTS else 1
     names = list(kinds)
     with _Ahead(tasks, names) as sources:
         if threads > 1 and len(tasks) > 1:
@@ -94,6 +100,13 @@ def fill(
             for task, source in sources:
                 arena.take(task, names, source)
     return arena.columns()
+
+
+def _num_cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _tasks(parts: Sequence[FilePart]) -> Iterator[_Task]:

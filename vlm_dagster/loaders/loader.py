@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_dagster.errors import PinError, SchemaError
-from vlm_dagster.history import SnapshotRef
+from vlm_dagster.history import ArenaBuffers, SnapshotRef
 from vlm_dagster.loaders import graph
 from vlm_dagster.loaders.batch import Batch
 from vlm_dagster.loaders.forming import BatchFormer, UnitsInMemory
@@ -129,6 +129,7 @@ class SequenceLoader:
         self._uneven = uneven
         self._verify = verify == "always"
         self._num_workers = num_workers
+        self._buffers = ArenaBuffers()
         self._prefetch = prefetch
         self._pin_memory = pin_memory
         self._chunk_limits = (units_per_chunk, events_per_chunk)
@@ -261,6 +262,7 @@ class SequenceLoader:
             self._plan.users_of(unit),
             columns=self._columns,
             verify=self._verify,
+            buffers=self._buffers,
         )
 
     # -- stopping and going on ------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from vlm_dagster.errors import ChecksumError
-from vlm_dagster.history import Snapshot
+from vlm_dagster.history import ArenaBuffers, Snapshot
 from vlm_dagster.history.arena import BucketIndex
 from vlm_dagster.loaders.readable import readable
 from vlm_dagster.pointers import PointerSnapshot
@@ -73,6 +73,7 @@ def materialize(
     *,
     columns: Sequence[str],
     verify: bool,
+    buffers: ArenaBuffers | None = None,
 ) -> UnitData:
     """Read the examples of some users, and the stretches of history that they point into.
 
@@ -86,6 +87,7 @@ def materialize(
         verify: recompute every pointer's checksum from the events first. It spans the pointer's
             full length, so this reads the ids of events that the projection cuts off, a bounded
             number at a time.
+        buffers: memory to read into; it comes back when the unit is dropped. Fresh memory if None.
 
     Raises:
         ChecksumError: a sequence is not the one that its pointer was made for.
@@ -97,7 +99,10 @@ def materialize(
     index = pointers.bucket_index(bucket, user_ids)
     num_examples = index.num_events
     read = index.read(
-        list(dict.fromkeys([*columns, *needed])), np.zeros_like(num_examples), num_examples
+        list(dict.fromkeys([*columns, *needed])),
+        np.zeros_like(num_examples),
+        num_examples,
+        buffers=buffers,
     )
     rank = np.repeat(np.arange(len(user_ids)), num_examples)
     pointer = {
@@ -116,7 +121,14 @@ def materialize(
         examples = {name: column.filter(pa.array(keep)) for name, column in examples.items()}
     arenas = {
         group: _arena(
-            histories[group], projection, user_ids, rank, pointer[group], gone[group], verify
+            histories[group],
+            projection,
+            user_ids,
+            rank,
+            pointer[group],
+            gone[group],
+            verify,
+            buffers,
         )
         for group, projection in projections.items()
     }
@@ -131,18 +143,19 @@ def _arena(
     pointer: Mapping[str, I64],
     gone: GoneRows,
     verify: bool,
+    buffers: ArenaBuffers | None,
 ) -> Arena:
     end, length = pointer["end_position"], pointer["length"]
     num_users = len(user_ids)
     index = snapshot.index_through(user_ids, outer_ranges(num_users, rank, end, end)[1])
     if verify:
-        _check(snapshot, index, rank, pointer, gone)
+        _check(snapshot, index, rank, pointer, gone, buffers)
     if projection.max_length is not None:
         length = np.minimum(length, projection.max_length)
     first, last = outer_ranges(num_users, rank, end - length, end)
     # Empty pointers may lie among what is gone; all others lie past it (readable.py).
     first, last = np.maximum(first, index.gone), np.maximum(last, index.gone)
-    read = index.read(projection.columns(snapshot.group), first, last)
+    read = index.read(projection.columns(snapshot.group), first, last, buffers=buffers)
     base = (read.offsets[:-1] - first)[rank]
     return Arena(read.columns, np.where(length > 0, base + end - length, 0), length)
 
@@ -153,6 +166,7 @@ def _check(
     rank: I64,
     pointer: Mapping[str, I64],
     gone: GoneRows,
+    buffers: ArenaBuffers | None,
 ) -> None:
     """Apart from reading what is projected: a pointer may span far more events than that."""
     bad: list[int] = []
@@ -160,7 +174,8 @@ def _check(
     start = np.maximum(end - length, index.gone[rank])
     # What is gone at the beginning of a whole history is known by its sum (readable.py).
     before = np.where((length > 0) & (end - length < start), gone.checksums[rank], 0)
-    for span in spans(index, ["event_id"], rank, end, np.maximum(end - start, 0) * (length > 0)):
+    left = np.maximum(end - start, 0) * (length > 0)
+    for span in spans(index, ["event_id"], rank, end, left, buffers=buffers):
         sums = span.checksums() + before[span.rows].view(np.int64)
         bad.extend(span.rows[sums != pointer["checksum"][span.rows]].tolist())
     bad.extend(np.flatnonzero((length == 0) & (pointer["checksum"] != 0)).tolist())

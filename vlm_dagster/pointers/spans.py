@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_dagster.history.arena import BucketIndex, Histories
+from vlm_dagster.history.buffers import ArenaBuffers
 from vlm_dagster.pointers.checksum import checksum_of_ranges
 
 __all__ = ["Span", "outer_ranges", "spans"]
@@ -62,7 +63,13 @@ def outer_ranges(num_users: int, rank: I64, start: I64, end: I64) -> tuple[I64, 
 
 
 def spans(
-    index: BucketIndex, columns: Sequence[str], rank: I64, end: I64, length: I64
+    index: BucketIndex,
+    columns: Sequence[str],
+    rank: I64,
+    end: I64,
+    length: I64,
+    *,
+    buffers: ArenaBuffers | None = None,
 ) -> Iterator[Span]:
     """Read the events behind pointers, a bounded number at a time (or one user's).
 
@@ -71,6 +78,7 @@ def spans(
         columns: of the events.
         rank: [P] the number of each pointer's user.
         end, length: [P] the pointers.
+        buffers: memory to read into; fresh memory if None.
     """
     first, last = outer_ranges(len(index.user_ids), rank, end - length, end)
     first, last = np.maximum(first, index.gone), np.maximum(last, index.gone)
@@ -78,7 +86,9 @@ def spans(
         rows = np.flatnonzero((rank >= low) & (rank < high) & (length > 0))
         if not len(rows):
             continue
-        arena = index.users(low, high).read(columns, first[low:high], last[low:high])
+        arena = index.users(low, high).read(
+            columns, first[low:high], last[low:high], buffers=buffers
+        )
         base = arena.offsets[:-1][rank[rows] - low] - first[rank[rows]]
         ends = base + end[rows]
         yield Span(rows, arena, ends - length[rows], ends)
