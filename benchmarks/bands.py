@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_dagster.sealed.stripes import DEFAULT_EDGES, choose_edges, rows_decoded
+
 Ints = NDArray[np.int64]
 
 
@@ -56,7 +58,7 @@ def segments(days: int, fanout: int) -> list[tuple[int, int]]:
     return runs
 
 
-def rows_decoded(counts: Ints, wanted: Ints, layout: Layout) -> int:
+def _rows_decoded(counts: Ints, wanted: Ints, layout: Layout) -> int:
     """Rows of the row groups of one file that hold one of the `wanted` newest rows of a user.
 
     `counts` and `wanted` are `[users]` for one segment. Every unit opens the file on its own, so a
@@ -96,7 +98,7 @@ def read_newest(counts: Ints, newest: int, layout: Layout) -> tuple[int, int]:
     for start, end in reversed(segments(counts.shape[1], layout.fanout)):
         inside = counts[:, start:end].sum(axis=1)
         wanted = np.minimum(left, inside)
-        decoded += rows_decoded(inside, wanted, layout)
+        decoded += _rows_decoded(inside, wanted, layout)
         needed += int(wanted.sum())
         left -= wanted
     return decoded, needed
@@ -125,6 +127,23 @@ def main() -> None:
                 ratios.append(f"{decoded / needed:>7.2f}")
             name = ",".join(map(str, edges))
             print(f"{fanout if fanout > 1 else '-':>7} {unit or 'all':>5}  {name:<26}", *ratios)
+    choices()
+
+
+def choices() -> None:
+    """Print the same for the default edges and for those that `choose_edges` finds."""
+    print("\nrows decoded / needed, by the newest events read; edges by default and as chosen")
+    for users, mean in ((500, 16_000), (2000, 16_000), (500, 1_000)):
+        counts = daily_counts(users, mean, 365, 1.5)
+        files = np.stack([counts[:, a:b].sum(axis=1) for a, b in segments(365, 8)])
+        for lengths in ((256,), (50, 1_000), (100, 400, 5_000)):
+            for edges in (DEFAULT_EDGES, choose_edges(files, lengths)):
+                ratios = []
+                for length in lengths:
+                    needed = int(np.minimum(files.sum(axis=0), length).sum())
+                    ratios.append(f"{length}: {rows_decoded(files, length, edges) / needed:.2f}")
+                name = ",".join(map(str, edges))
+                print(f"{users:>5} users of {mean:>6,}  {name:<26}", *ratios)
 
 
 if __name__ == "__main__":

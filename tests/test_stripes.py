@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import group_of, many_events, seal_days
+from strategies import few, group_of, many_events, seal_days
 
 from vlm_dagster import FeatureGroup, HistoryStore, Projection, Trait
 from vlm_dagster.errors import SchemaError
-from vlm_dagster.sealed import writer
-from vlm_dagster.sealed.stripes import Stripes
+from vlm_dagster.sealed import stripes, writer
+from vlm_dagster.sealed.stripes import DEFAULT_EDGES, Stripes, choose_edges, rows_decoded
 
 EVENTS = many_events(seed=7, num_events=3_000, num_users=40)
 BANDS = [(), (1,), (3, 5, 17), (10_000,)]
@@ -179,3 +180,54 @@ def test_an_encoding_that_does_not_fit_is_refused(kind: pa.DataType, encoding: s
         SchemaError, match=rf"encoding {encoding!r} does not fit {kind}.*Use one of"
     ):
         Trait("x", kind, encoding=encoding)
+
+
+# -- choosing edges -------------------------------------------------------------------------------
+
+
+@few(20)
+@given(
+    st.lists(st.sampled_from((2, 5, 40, 300)), min_size=2, max_size=4),
+    st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    edge_lists,
+)
+def test_the_rows_that_reading_decodes_are_foretold_by_arithmetic(
+    per_day: list[int], lengths: list[int], edges: tuple[int, ...]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(stripes, "_GROUP_ROWS", (8, 16))
+        patch.setattr(stripes, "_FAR_GROUP_ROWS", 32)
+        events = [
+            event
+            for number, count in enumerate(per_day)
+            for event in many_events(seed=number, num_events=count, num_users=9)
+        ]
+        for number, event in enumerate(events):
+            event["event_id"] = number
+        store = HistoryStore.create(f"{folder}/h", group_of(events), 1, bands=edges)
+        snapshot = seal_days(store, events).snapshot()
+        index = snapshot.index_of(snapshot.user_ids())
+        assert (index.counts.sum(axis=0) == index.num_events).all()
+        for length in lengths:
+            snapshot.stats.reset()
+            snapshot.read(snapshot.user_ids(), Projection(["item_id"], length))
+            assert snapshot.stats.rows_decoded == rows_decoded(index.counts, length, edges)
+
+
+def test_edges_chosen_from_the_data_decode_no_more_rows_than_the_default_ones() -> None:
+    rng = np.random.default_rng(0)
+    for mean in (100, 4_000):
+        files = rng.poisson(rng.lognormal(0, 1.5, 300) * mean, (3, 300)).astype(np.int64)
+        files[0] *= 8
+        for lengths in ([50], [256, 2_000], [7, 700, 7_000]):
+            edges = choose_edges(files, lengths)
+            assert Stripes(edges).edges == edges
+            needed = [np.minimum(files.sum(axis=0), length).sum() for length in lengths]
+            chosen, default = (
+                sum(
+                    rows_decoded(files, length, some) / least
+                    for length, least in zip(lengths, needed, strict=True)
+                )
+                for some in (edges, DEFAULT_EDGES)
+            )
+            assert chosen <= default * 1.01 ** len(DEFAULT_EDGES)

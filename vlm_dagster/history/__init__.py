@@ -9,5 +9,14 @@ from vlm_dagster.history.arena import Histories
 from vlm_dagster.history.buffers import ArenaBuffers
 from vlm_dagster.history.snapshot import PinOpener, Snapshot, SnapshotRef
 from vlm_dagster.history.store import HistoryStore
+from vlm_dagster.sealed.stripes import choose_edges
 
-__all__ = ["ArenaBuffers", "Histories", "HistoryStore", "PinOpener", "Snapshot", "SnapshotRef"]
+__all__ = [
+    "ArenaBuffers",
+    "Histories",
+    "HistoryStore",
+    "PinOpener",
+    "Snapshot",
+    "SnapshotRef",
+    "choose_edges",
+]

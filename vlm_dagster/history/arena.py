@@ -121,6 +121,11 @@ class BucketIndex:
         """[U] each user's events, those that are gone included: the end position of the history."""
         return self.num_events_before(len(self._readers))
 
+    @property
+    def counts(self) -> I64:
+        """[F, U] each user's events in each of the files, oldest first."""
+        return self._counts
+
     def num_events_before(self, num_files: int) -> I64:
         """[U] the position at which each user's events in the first so many files end."""
         return np.asarray(self._ends[num_files - 1]) if num_files else self.gone

@@ -69,7 +69,9 @@ class HistoryStore(WindowedTable):
                 none before it can be added.
             bands: edges of the recency bands, in newest events of a user within a file: choose
                 some just above the lengths that models read. A file records those that its
-                longest history reaches past. Empty: one band, users in order of id.
+                longest history reaches past. Empty: one band, users in order of id. Where they lie
+                matters less than one may think; `vlm_dagster.history.choose_edges` works out the
+                best ones from another table's data and the lengths that models read.
             storage_options: as deltalake takes them; never stored, never shown.
 
         Raises:

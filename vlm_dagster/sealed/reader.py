@@ -321,9 +321,10 @@ class SegmentReader:
     def _read(self, file: pq.ParquetFile, groups: list[int], column: str) -> pa.ChunkedArray:
         # `file.read_row_groups` would look up every column's path each time, 40 us.
         indices = [self._column_indices[column]]
-        return file.reader.read_row_groups(
-            groups, column_indices=indices, use_threads=False
-        ).column(0)
+        found = file.reader.read_row_groups(groups, column_indices=indices, use_threads=False)
+        if found.num_rows != self._sizes[groups].sum():  # page headers carry no checksum
+            raise ValueError(f"{found.num_rows} values of {column}")
+        return found.column(0)
 
     @cached_property
     def _column_indices(self) -> dict[str, int]:
