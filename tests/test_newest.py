@@ -55,7 +55,7 @@ def drop_commits_before_the_checkpoint(uri: str) -> None:
     log = Path(uri, "_delta_log")
     checkpoints = sorted(log.glob("*.checkpoint.parquet"))
     for commit in log.glob("*.json"):
-        if checkpoints and commit.name[:20] <= checkpoints[-1].name[:20]:
+        if checkpoints and commit.name[:20] < checkpoints[-1].name[:20]:
             commit.unlink()
 
 
