@@ -98,11 +98,15 @@ def day400(bench: Bench) -> None:
 
 
 def decode(bench: Bench) -> None:
-    found = bench.read("decode", rounds=5)
+    found = bench.read("decode", rounds=11)
     bench.figure("full decode, 4 traits", found["events_per_s"], "events/s", ">=", 70e6)
     bench.figure("full decode, of a bare read_row_groups", found["share"], "ratio", ">=", 0.8)
     bench.note("floor: bare read_row_groups", found["bare_events_per_s"], "events/s")
     bench.note("ours, first time", found["cold_events_per_s"], "events/s")
+    bench.note("ours, fresh memory for every unit", found["fresh_events_per_s"], "events/s")
+    bench.note("ours, two threads", found["two_threads_events_per_s"], "events/s")
+    bench.note("memory for a unit, first time", found["peak_mb"], "MB")
+    bench.note("of these, the arena", found["arena_mb"], "MB")
 
 
 def newest(bench: Bench) -> None:

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.history_year import FOUR
-from benchmarks.measure import in_turn, timed
+from benchmarks.measure import in_turn, peak_rss_mb, timed
 from vlm_dagster import HistoryStore, Projection
 from vlm_dagster.hashing import bucket_of
+from vlm_dagster.history import ArenaBuffers
 from vlm_dagster.history.snapshot import Snapshot
 
 
@@ -26,16 +27,23 @@ def units(snapshot: Snapshot) -> list[pa.Array]:
 
 def decode(uri: str, version: int, rounds: int) -> dict[str, Any]:
     """Events a second into arenas, unit by unit, 4 traits, one thread, warm, against a bare
-    `ParquetFile.read_row_groups` of the same files and columns (its best case: no checksums)."""
+    `ParquetFile.read_row_groups` of the same files and columns (its best case: no checksums).
+
+    A unit's memory is used again for the next one, as a loader does. Beside it: with fresh memory for
+    each, with two threads, the first time (footers, checksums and first touch of memory included),
+    and how much memory the first time took beyond what the process had before.
+    """
     pa.set_cpu_count(1)
     snapshot = HistoryStore.open(uri).snapshot(version)
     parts = units(snapshot)
     paths = [str(Path(uri, path)) for path in snapshot.files()["path"].to_pylist()]
+    buffers = ArenaBuffers()
 
-    def ours() -> None:
+    def ours(threads: int = 1, memory: ArenaBuffers | None = buffers) -> None:
         for part in parts:
             index = snapshot.index_of(part)
-            index.read(FOUR, np.zeros_like(index.num_events), index.num_events)
+            zero = np.zeros_like(index.num_events)
+            index.read(FOUR, zero, index.num_events, buffers=memory, threads=threads)
 
     def bare() -> None:
         for path in paths:
@@ -43,15 +51,29 @@ def decode(uri: str, version: int, rounds: int) -> dict[str, Any]:
             groups = list(range(file.num_row_groups))
             file.read_row_groups(groups, columns=FOUR, use_threads=False)
 
+    before = peak_rss_mb()
     cold = timed(ours)
+    peak = peak_rss_mb() - before
     bare()
-    seconds = in_turn({"ours": lambda: timed(ours), "bare": lambda: timed(bare)}, rounds)
+    arms = {
+        "ours": lambda: timed(ours),
+        "bare": lambda: timed(bare),
+        "two": lambda: timed(lambda: ours(threads=2)),
+        "fresh": lambda: timed(lambda: ours(memory=None)),
+    }
+    seconds = in_turn(arms, rounds)
     events = snapshot.num_events
+    largest = max(int(snapshot.count(part).sum()) for part in parts)
+    row = sum(snapshot.group.event_schema.field(name).type.bit_width for name in FOUR) // 8
     return {
         "events_per_s": events / seconds["ours"],
         "bare_events_per_s": events / seconds["bare"],
+        "two_threads_events_per_s": events / seconds["two"],
+        "fresh_events_per_s": events / seconds["fresh"],
         "cold_events_per_s": events / cold,
         "share": seconds["bare"] / seconds["ours"],
+        "peak_mb": peak,
+        "arena_mb": largest * row / 1e6,
     }
 
 

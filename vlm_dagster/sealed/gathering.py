@@ -13,9 +13,10 @@ __all__ = ["Placement", "gather", "width_of"]
 
 I64 = npt.NDArray[np.int64]
 
-# From so many values on, a range is copied by itself: a slice of a memoryview costs 0.1 us, and an
-# index of every value 0.6 ns for each column and 1.2 ns for all of them.
-_LONG = 96
+# Ranges of so many values are copied one by one: a slice of a memoryview costs 0.1 us.
+_LONG = 512
+# Shorter ones in blocks of so many, 0.03 us each, and even shorter ones value by value, 1 ns each.
+_BLOCK = 64
 
 
 def gather(values: pa.Array, starts: I64, lengths: I64) -> pa.Array:
@@ -52,40 +53,62 @@ class Placement:
     """
 
     def __init__(self, starts: I64, counts: I64, targets: I64) -> None:
-        long = counts >= _LONG
+        long, short = counts >= _LONG, counts < _BLOCK
         comes, goes, sizes = starts[long], targets[long], counts[long]
         bounds = (comes, comes + sizes, goes, goes + sizes)
         self._long = list(zip(*(bound.tolist() for bound in bounds), strict=True))
-        short = ~long
-        self._starts, self._counts = starts[short], counts[short]
-        self._targets = targets[short]
+        medium = ~(long | short)
+        self._medium = starts[medium], counts[medium], targets[medium]
+        self._short = starts[short], counts[short], targets[short]
 
     @cached_property
-    def _indices(self) -> tuple[I64 | slice, I64]:
+    def _blocks(self) -> tuple[I64, I64]:
+        """Where each block of the medium ranges begins, here and there. A range's last block ends where
+        the range does, so it copies some values a second time."""
+        starts, counts, targets = self._medium
+        num_blocks = -(-counts // _BLOCK)
+        number = _counted(num_blocks)
+        offset = np.minimum(number * _BLOCK, np.repeat(counts - _BLOCK, num_blocks))
+        return np.repeat(starts, num_blocks) + offset, np.repeat(targets, num_blocks) + offset
+
+    @cached_property
+    def _values(self) -> tuple[I64 | slice, I64]:
         """Of every value of the short ranges: where it comes from, where it goes."""
-        counts = self._counts
-        ends = np.cumsum(counts)
-        rows = np.arange(int(ends[-1]))
-        to = np.repeat(self._targets - ends + counts, counts)
-        to += rows
-        if (self._starts[1:] == self._starts[:-1] + counts[:-1]).all():
-            begin = int(self._starts[0])
-            return slice(begin, begin + len(rows)), to
-        from_ = np.repeat(self._starts - ends + counts, counts)
-        from_ += rows
-        return from_, to
+        starts, counts, targets = self._short
+        number = _counted(counts)
+        to = np.repeat(targets, counts) + number
+        if (starts[1:] == starts[:-1] + counts[:-1]).all():
+            begin = int(starts[0])
+            return slice(begin, begin + len(to)), to
+        return np.repeat(starts, counts) + number, to
 
     def copy(self, values: pa.Array, destination: npt.NDArray[Any]) -> None:
         """Copy one column; `destination` is an array of words as wide as its values."""
         if not len(values):
             return
         word = destination.dtype
-        data = values.buffers()[1]
-        source = np.frombuffer(data, word, len(values), values.offset * word.itemsize)
+        source = np.frombuffer(
+            values.buffers()[1], word, len(values), values.offset * word.itemsize
+        )
         if self._long:
             read, write = source.data, destination.data
             for start, end, target, target_end in self._long:
                 write[target:target_end] = read[start:end]
-        if len(self._counts):
-            from_, to = self._indices
-            destination[to] = source[from_]
+        if len(self._medium[0]):
+            from_, to = self._blocks
+            _windows(destination)[to] = _windows(source)[from_]
+        if len(self._short[0]):
+            places, to = self._values
+            destination[to] = source[places]
+
+
+def _counted(counts: I64) -> I64:
+    """[sum(counts)] 0, 1, ... for each count."""
+    ends = np.cumsum(counts)
+    return np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)
+
+
+def _windows(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """[N - _BLOCK + 1, _BLOCK] the block from each value on, in the same memory."""
+    shape = (len(values) - _BLOCK + 1, _BLOCK)
+    return np.ndarray(shape, values.dtype, values.data, strides=(values.itemsize,) * 2)
