@@ -85,4 +85,5 @@ def test_opening_and_reading_loads_the_log_once(tmp_path: Path) -> None:
         seal_days(HistoryStore.open(uri), EVENTS, [4])
         opened.reset_mock()
         assert store.snapshot().windows[-1].window.key == day(4)
-        assert opened.call_count == 1
+        assert store.snapshot().files().num_rows
+        assert opened.call_count == 0  # only what was committed since is read
