@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from vlm_dagster import (
@@ -151,3 +152,37 @@ def test_credentials_stay_in_the_options(options: dict[str, str]) -> None:
         HistoryStore.open("s3://lake/quiet", storage_options=wrong)
     told.append(str(raised.value))
     assert not any(SECRET in text for text in told)
+
+
+def test_versions_are_collected_and_pins_replay(options: dict[str, str]) -> None:
+    uri, to = "s3://lake/collected", "s3://lake/collected-pointers"
+    store = HistoryStore.create(uri, GROUP, num_buckets=2, storage_options=options)
+    pointers = PointerDataset.create(to, ["ratings"], num_buckets=2, storage_options=options)
+    for number in range(4):
+        window = WindowGrid("daily").at(DAY.index + number)
+        shift = pa.scalar(number * (DAY.end_us - DAY.start_us), pa.duration("us"))
+        table = events()
+        at = table.schema.get_field_index("event_time")
+        table = table.set_column(at, "event_time", pc.add(table["event_time"], shift))
+        store.seal(window, table)
+        if number == 1:
+            requests = table.select(["user_id", "event_id"])
+            pointers.seal(window, requests, {"ratings": store.snapshot()})
+    store.compact(fanout=2)
+    (pin,) = pointers.ref().pins
+    before = pin.open(options).read([1, 2]).columns
+    store.pin("first", 1)
+    planned = store.gc(keep_hours=0)
+    assert [kept.version for kept in planned.holding.kept][1:] == [pin.version, 1]
+    done = store.gc(keep_hours=0, dry_run=False)
+    assert {f.path for f in done.purged.files} == {f.path for f in planned.purged.files}
+    assert done.purged.num_files > 0
+    again = HistoryStore.open(uri, storage_options=options)
+    assert pin.open(options).read([1, 2]).columns == before
+    assert again.pinned_as("first").verify(deep=True).ok
+    again.unpin("first")
+    again.gc(keep_hours=0, move_pins=True, dry_run=False)
+    assert pin.open(options).read([1, 2]).columns == before
+    entries = list(again.sealed_table.storage.list("_referrers"))
+    (text,) = (again.sealed_table.storage.read_bytes(info.path).decode() for info in entries)
+    assert SECRET not in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -124,11 +124,12 @@ def refer(
     options = parse_storage_options(storage_option or [])
     opened = table_of(open_any(uri, options), uri)
     try:
-        entry = referrer_of(open_any(referrer, options), referrer)
+        found: Any = open_any(referrer, options)
     except TableError:
         if "://" not in referrer and not Path(referrer).is_dir():
             raise
-        entry = referrer_of(None, normalize_uri(referrer))
+        found = None  # a folder of checkpoints, which is none itself
+    entry = referrer_of(found, normalize_uri(referrer))
     done = register(opened.sealed_table, entry)
     console().print(f"{entry} {'is' if done else 'was already'} entered in {opened.uri}")
 
