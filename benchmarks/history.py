@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import operator
+import os
 import shutil
 import statistics
 import tempfile
@@ -22,6 +23,7 @@ import numpy as np
 
 from benchmarks import history_files, sealing
 from benchmarks.history_floor import floor_bits
+from benchmarks.history_others import LANCE_PYTHON
 from benchmarks.history_read import column_bytes, units
 from benchmarks.history_year import DAYS, EARLY, EXTRA, FULL, LATE, QUICK, YEAR
 from benchmarks.measure import in_process, machine
@@ -68,6 +70,17 @@ class Bench:
             built.write_text(json.dumps(found))
         year: dict[str, Any] = json.loads(built.read_text())
         return year
+
+    def other(self, function: str, folder: str) -> dict[str, Any]:
+        """An arm of `history_others.py`."""
+        return in_process(
+            "benchmarks.history_others",
+            function,
+            uri=self.uri,
+            version=self.year["version"],
+            length=self.shape.newest,
+            folder=folder,
+        )
 
     def read(self, function: str, **more: Any) -> dict[str, Any]:
         version = self.year["version"]
@@ -180,8 +193,19 @@ def files(bench: Bench) -> None:
 
 def plain(bench: Bench) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        found = bench.read("plain", length=bench.shape.newest, folder=folder)
-    print("sorted plain Parquet, the eight traits (no event_id, no time)")
+        found = bench.other("plain", folder)
+    print("sorted plain Parquet, the eight traits (no event_id, no time), and ours")
+    for name, value in found.items():
+        bench.note(name, value, "")
+
+
+def lance(bench: Bench) -> None:
+    if LANCE_PYTHON not in os.environ:
+        print(f"lance: left out; set {LANCE_PYTHON} to a Python that has pylance")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        found = bench.other("lance", folder)
+    print(f"Lance {found.pop('version')}, the eight traits (no event_id, no time)")
     for name, value in found.items():
         bench.note(name, value, "")
 
@@ -195,6 +219,7 @@ ARMS: dict[str, Callable[[Bench], None]] = {
     "stored": stored,
     "files": files,
     "plain": plain,
+    "lance": lance,
 }
 
 
