@@ -20,8 +20,8 @@ def put_sidecar(storage: Storage, folder: str, data: bytes, suffix: str) -> str:
     if not storage.put_new(data, path):
         # Put again: one that no commit names is collected when it is a day old, and this one is
         # about to be named.
-        with storage.scratch() as folder:
-            local = folder / "sidecar"
+        with storage.scratch() as scratch:
+            local = scratch / "sidecar"
             local.write_bytes(data)
             storage.put(local, path)
     return path
