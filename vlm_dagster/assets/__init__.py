@@ -2,7 +2,7 @@
 
     raw events -> history_asset -> pointer_asset -> training_asset -> evaluation_asset
                         |                |
-    compaction_asset, gc_asset, history_checks   pointer_checks         automation.py: schedule and sensor
+    history_checks, compaction_asset   pointer_checks, gc_asset      automation.py: schedule and sensor
 
 Each factory returns one ordinary `dg.AssetsDefinition`. Importing this loads no torch.
 """

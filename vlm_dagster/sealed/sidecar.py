@@ -17,7 +17,13 @@ __all__ = ["put_sidecar", "read_sidecar"]
 def put_sidecar(storage: Storage, folder: str, data: bytes, suffix: str) -> str:
     """Put a sidecar in place, unless it is there; returns its path."""
     path = f"{folder}/{hashlib.sha256(data).hexdigest()}{suffix}"
-    storage.put_new(data, path)
+    if not storage.put_new(data, path):
+        # Put again: one that no commit names is collected when it is a day old, and this one is
+        # about to be named.
+        with storage.scratch() as scratch:
+            local = scratch / "sidecar"
+            local.write_bytes(data)
+            storage.put(local, path)
     return path
 
 
