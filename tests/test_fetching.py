@@ -25,7 +25,7 @@ from vlm_dagster.storage import ObjectStorage, coalesce
 from vlm_dagster.windows import WindowGrid
 
 NUM_DAYS, NUM_USERS, PER_DAY = 8, 50, 20_000
-LATENCY_S = 0.1
+LATENCY_S = 0.2
 GROUP = FeatureGroup(
     "clicks",
     [
