@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from vlm_dagster import FeatureGroup, HistoryStore, Projection, Trait
 from vlm_dagster.errors import SchemaError
 from vlm_dagster.sealed import stripes, writer
 from vlm_dagster.sealed.stripes import DEFAULT_EDGES, Stripes, choose_edges, rows_decoded
+from vlm_dagster.sealed.writer import SegmentWriter
 
 EVENTS = many_events(seed=7, num_events=3_000, num_users=40)
 BANDS = [(), (1,), (3, 5, 17), (10_000,)]
@@ -231,3 +233,34 @@ def test_edges_chosen_from_the_data_decode_no_more_rows_than_the_default_ones() 
                 for some in (edges, DEFAULT_EDGES)
             )
             assert chosen <= default * 1.01 ** len(DEFAULT_EDGES)
+
+
+# -- rows that wait on disk -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bands", [(), (2, 5)])
+@pytest.mark.parametrize("limit", [0, 5_000, 10**9])
+def test_chunks_that_wait_on_disk_give_the_bytes_of_one_chunk_in_memory(
+    tmp_path: Path, bands: tuple[int, ...], limit: int
+) -> None:
+    schema = pa.schema([pa.field(n, pa.int64(), nullable=False) for n in ("user_id", "t", "id")])
+    counts = np.random.default_rng(0).integers(1, 9, 300)
+    users = np.repeat(np.arange(len(counts)), counts)
+    rows = pa.record_batch({"user_id": users, "t": np.arange(len(users)), "id": users % 7})
+    cuts = np.searchsorted(users, [0, 1, 100, 101, 299, 300]).tolist()
+    files = []
+    for name, edges in (("one", [0, len(users)]), ("many", cuts)):
+        writer = SegmentWriter(
+            tmp_path / name,
+            schema,
+            {"segment": "s"},
+            ("user_id", "t", "id"),
+            stripes=Stripes.of(bands),
+            memory_limit=limit,
+        )
+        for low, high in pairwise(edges):
+            writer.write(rows.slice(low, high - low))  # of nullable columns, as they may come
+        writer.close()
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+    assert len(list(tmp_path.iterdir())) == 2

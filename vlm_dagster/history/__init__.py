@@ -1,6 +1,6 @@
 """History tables: every event of a feature group once, in immutable, versioned windows.
 
-events -> validate.py -> (engine sorts) -> duplicates.py -> sealed files -> store.py
+events -> validate.py -> (by bucket, sorted) -> duplicates.py -> sealed files -> store.py
 snapshot.py: a table at one version   arena.py: users' histories in memory
 filling.py: how they get there   buffers.py: the memory, used again
 """

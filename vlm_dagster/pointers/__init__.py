@@ -1,6 +1,6 @@
 """Pointer datasets: training examples that name a stretch of history instead of copying it.
 
-requests -> validate.py -> (engine sorts) -> build.py -> sealed files -> dataset.py
+requests -> validate.py -> (by bucket, sorted) -> build.py -> sealed files -> dataset.py
 
 spec.py: what a dataset is declared to hold   snapshot.py: pinned windows
 spans.py, checksum.py: the events behind pointers, for building and for checking them

@@ -128,7 +128,8 @@ class SegmentWriter:
 
     def write(self, rows: pa.RecordBatch) -> None:
         """Append rows; all rows of a user come in one call."""
-        rows = rows.select(self._schema.names)
+        # Exactly the schema, or those that waited on disk would not join those that did not.
+        rows = rows.select(self._schema.names).cast(self._schema)
         for key, digest in self._digests_of(rows).items():
             self.digests[key] = self.digests.get(key, Digest()) + digest
         self.num_rows += rows.num_rows
@@ -206,8 +207,9 @@ class SegmentWriter:
 
     def _write_table(self, rows: pa.Table, band: int) -> None:
         # How a page is cut depends on the chunks that its values come in: there is always one.
-        rows = rows.combine_chunks().cast(self._schema)
-        self._writer.write_table(rows, row_group_size=self._stripes.group_rows(band))
+        self._writer.write_table(
+            rows.combine_chunks(), row_group_size=self._stripes.group_rows(band)
+        )
 
     def _write_bands(self) -> None:
         places = sorted(self._spool.keys())
