@@ -202,6 +202,15 @@ def test_pins_that_moved_hold_the_last_version_before_a_correction(store: Histor
     assert len(store.gc(keep_hours=0).holding.kept) == 1
 
 
+def test_an_erasure_says_that_it_would_break_pins_that_moved(store: HistoryStore) -> None:
+    store.pin("before", 4)
+    store.gc(keep_hours=0, move_pins=True, dry_run=False)
+    correct(store, 2)
+    with pytest.raises(PinError, match=r"pin before.*corrected since.*Nothing was changed"):
+        store.erase([1], reason="asked")
+    store.pinned_as("before")
+
+
 def test_pins_do_not_move_over_dropped_windows(tmp_path: Path) -> None:
     store = history_of(tmp_path / "h", EVENTS, days=range(8))
     store.pin("all", 8)
