@@ -32,7 +32,7 @@ from vlm_dagster.storage import FileInfo
 if TYPE_CHECKING:
     from vlm_dagster.sealed.owner import WindowedTable
 
-__all__ = ["GcReport", "Holding", "KeptVersion", "find_holding", "gc"]
+__all__ = ["GcReport", "Holding", "KeptVersion", "find_holding", "gc", "opens_at"]
 
 _MAX_TRIES = 10
 
@@ -185,7 +185,7 @@ def find_holding(
     for hold in references.holds:
         version: int | None = hold.version
         if hold.version in newest.retired:
-            version = _opens_at(owner, newest, hold)
+            version = opens_at(owner, newest, hold)
         elif not lifetimes.can_open(hold.version):
             # Another writer cleaned its log away. If it is retired, it opens where it is proved.
             if holds_content(newest, hold.pin):
@@ -264,7 +264,7 @@ class _Counted:
                 self.recent_bytes += size
 
 
-def _opens_at(owner: WindowedTable, newest: TableState, hold: Hold) -> int | None:
+def opens_at(owner: WindowedTable, newest: TableState, hold: Hold) -> int | None:
     """Where a pin to a retired version opens now; None if nowhere."""
     if holds_content(newest, hold.pin) and not newest.gone.removals:
         return newest.version

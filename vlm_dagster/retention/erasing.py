@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from vlm_dagster.errors import PinError, SchemaError
 from vlm_dagster.history.erasure import count_rows_of, erase_rows
+from vlm_dagster.retention.collect import opens_at
 from vlm_dagster.retention.proof import holds_content
 from vlm_dagster.retention.purge import purge
 from vlm_dagster.retention.references import Hold, find_references
@@ -125,7 +126,9 @@ def _lost(owner: WindowedTable) -> tuple[Hold, ...]:
     return tuple(
         hold
         for hold in find_references(owner).holds
-        if hold.version not in newest.retired and not holds_content(newest, hold.pin)
+        if not holds_content(newest, hold.pin)
+        # Of pins that moved forward, those that open a version from before a correction.
+        and (hold.version not in newest.retired or opens_at(owner, newest, hold) is not None)
     )
 
 
