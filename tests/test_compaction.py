@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -235,12 +236,15 @@ def test_of_two_rewrites_of_the_same_files_one_is_refused(
     written = [rewrite(s._table, version, segments, windows) for s in (one, other)]
     staged = [StagedLayout("compaction", "x", w.added, w.replaced) for w in written]
     handles = [other._table.handle()]  # opened before the first commit
-    open_now = other._table.handle
+    lent_now = other._table.newest.lent
     monkeypatch.setattr(
-        other._table, "handle", lambda version=None: handles.pop() if handles else open_now(version)
+        other._table.newest,
+        "lent",
+        lambda: contextlib.nullcontext(handles.pop()) if handles else lent_now(),
     )
     assert commit_layout(one._table, staged[0]) == version + 1
     assert commit_layout(other._table, staged[1]) is None
+    assert not handles
     assert HistoryStore.open(store.uri).snapshot().verify(deep=True).ok
 
 

@@ -159,32 +159,48 @@ def _begin(
 
     def also(state: TableState) -> Sequence[Transaction]:
         gone = state.gone.salted()
-        words = np.sort(user_words(user_ids, gone.salt))
-        name = hashlib.sha256(words.astype("<u8").tobytes()).hexdigest()[:16]
-        same = [one for one in gone.removals if one.id.partition(".")[0] == name]
-        begun[:] = [one for one in same if not one.done]
-        if begun:
+        begun[:] = [_announced(gone, user_ids) or _new(gone, user_ids, reason)]
+        if begun[0] in gone.removals:
             return ()
-        begun.append(
-            Removal(
-                id=f"{name}.{len(same) + 1}",
-                kind="erasure",
-                reason=reason,
-                at=format_us(int(time.time() * 1e6)),
-                num_users=len(user_ids),
-                num_rows=0,
-                through="",
-                done=False,
-            )
-        )
         gone = _covering(table, gone.recording(begun[0]), by_bucket, max(state.sealed, default=-1))
         return gone.write(table.storage)[1]
 
-    state = table.state()
-    also(state)
-    if not any(one.id == begun[0].id for one in state.gone.removals):
+    # Nothing is committed, nor put in place, for an erasure that goes on.
+    found = _announced(table.state().gone, user_ids)
+    if found is None:
         commit_layout(table, StagedLayout(_WHAT, f"{len(user_ids)} users", (), ()), also)
-    return begun[0]
+        found = begun[0]
+    return found
+
+
+def _name_of(gone: Gone, user_ids: pa.Array) -> str:
+    """What an erasure of just these users is called."""
+    words = np.sort(user_words(user_ids, gone.salt))
+    return hashlib.sha256(words.astype("<u8").tobytes()).hexdigest()[:16]
+
+
+def _announced(gone: Gone, user_ids: pa.Array) -> Removal | None:
+    """The erasure of just these users that was begun and not finished."""
+    if not gone.salt:
+        return None
+    name = _name_of(gone, user_ids)
+    waiting = (one for one in gone.removals if not one.done and one.id.partition(".")[0] == name)
+    return next(waiting, None)
+
+
+def _new(gone: Gone, user_ids: pa.Array, reason: str) -> Removal:
+    name = _name_of(gone, user_ids)
+    earlier = sum(one.id.partition(".")[0] == name for one in gone.removals)
+    return Removal(
+        id=f"{name}.{earlier + 1}",
+        kind="erasure",
+        reason=reason,
+        at=format_us(int(time.time() * 1e6)),
+        num_users=len(user_ids),
+        num_rows=0,
+        through="",
+        done=False,
+    )
 
 
 def _covering(

@@ -22,14 +22,13 @@ from vlm_dagster.errors import (
     TableError,
     WindowSealedError,
 )
+from vlm_dagster.sealed.attempts import attempted
 from vlm_dagster.sealed.log import START_ID, TableState, facts_id, lock_id
 from vlm_dagster.sealed.staging import StagedWindow
 from vlm_dagster.sealed.table import SealedTable
 from vlm_dagster.windows import Window
 
 __all__ = ["Sealed", "commit_window"]
-
-_MAX_TRIES = 50
 
 
 @dataclass(frozen=True)
@@ -85,21 +84,12 @@ def commit_window(table: SealedTable, staged: StagedWindow) -> Sealed:
             f"the window was staged for table {staged.table_id}, but this is {table.table_id}",
             "Stage it again.",
         )
-    window = staged.window
-    problem: BaseException | None = None
-    for attempt in range(_MAX_TRIES):
-        try:
-            with table.newest.lent() as handle:
-                return _attempted(table, handle, staged)
-        except CommitFailedError as error:
-            # Somebody committed since the handle was brought up to date: look again.
-            problem = error
-            time.sleep(min(0.002 * 2**attempt, 0.25))
-    raise StorageError(
-        table.uri,
-        f"committing window {window.key} ({_MAX_TRIES} tries, others kept winning)",
-        problem or RuntimeError("no try was made"),
-    )
+
+    def attempt() -> Sealed:
+        with table.newest.lent() as handle:
+            return _attempted(table, handle, staged)
+
+    return attempted(table.uri, f"committing window {staged.window.key}", attempt)
 
 
 def _attempted(table: SealedTable, handle: DeltaTable, staged: StagedWindow) -> Sealed:

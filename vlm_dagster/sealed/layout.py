@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.transaction import AddAction, RemoveAction
 
@@ -93,21 +94,32 @@ def commit_layout(
     """
 
     def attempt() -> int | None:
-        handle = table.handle()
-        version = int(handle.version())
-        live = set(table.files(version)["path"].to_pylist())
-        if not live.issuperset(file.path for file in staged.replaced):
-            return None
-        _check_in_place(table, staged)
-        number = table.log.transactions(version).get(LAYOUT_ID, 0) + 1
-        more = also(table.state_of(handle))
-        _commit_once(table, handle, staged, number, more, dict(metadata or {}))
-        for found, transactions in table.log.commits_after(version):
-            if transactions.get(LAYOUT_ID) == number:
-                return found
-        raise AssertionError(f"{table.uri}: the commit of layout {number} is not in the log")
+        with table.newest.lent() as handle:
+            return _attempted(table, handle, staged, also, metadata or {})
 
     return attempted(table.uri, f"committing the {staged.what} of {staged.where}", attempt)
+
+
+def _attempted(
+    table: SealedTable,
+    handle: DeltaTable,
+    staged: StagedLayout,
+    also: Callable[[TableState], Sequence[Transaction]],
+    metadata: Mapping[str, str],
+) -> int | None:
+    """One try. CommitFailedError if somebody else committed since the handle's version."""
+    version = int(handle.version())
+    live = set(pa.table(handle.get_add_actions(flatten=True))["path"].to_pylist())
+    if not live.issuperset(file.path for file in staged.replaced):
+        return None
+    _check_in_place(table, staged)
+    number = table.log.transactions(version).get(LAYOUT_ID, 0) + 1
+    more = also(table.state_of(handle))
+    _commit_once(table, handle, staged, number, more, dict(metadata))
+    for found, transactions in table.log.commits_after(version):
+        if transactions.get(LAYOUT_ID) == number:
+            return found
+    raise AssertionError(f"{table.uri}: the commit of layout {number} is not in the log")
 
 
 def _commit_once(

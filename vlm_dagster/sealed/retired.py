@@ -109,31 +109,31 @@ def retire(
     """
 
     def attempt() -> Retired:
-        handle = table.handle()
-        transactions = table.log.transactions(int(handle.version()))
-        still()
-        before = read_retired(table.storage, transactions)
-        found = before.further(below, keep, by)
-        if found is before:
-            return before
-        facts = {**asdict(found), "format": 1, "keep": sorted(found.keep)}
-        data = json.dumps(facts, sort_keys=True).encode()
-        name = put_sidecar(table.storage, _FOLDER, data, ".json").rpartition("/")[2]
-        number = transactions.get(RETIRED_ID, 0) + 1
-        handle.create_write_transaction(
-            [],
-            "append",
-            table.spec.delta_schema,
-            ["segment", "bucket"],
-            commit_properties=CommitProperties(
-                app_transactions=[
-                    Transaction(RETIRED_ID, number),
-                    Transaction(f"{RETIRED_ID}/{number}/{name}", 1),
-                    Transaction(HOLDS_ID, transactions.get(HOLDS_ID, 0) + 1),
-                ],
-                custom_metadata={"vlm.retired": f"below {found.below}", "vlm.by": by},
-            ),
-        )
-        return found
+        with table.newest.lent() as handle:
+            transactions = table.log.transactions(int(handle.version()))
+            still()
+            before = read_retired(table.storage, transactions)
+            found = before.further(below, keep, by)
+            if found is before:
+                return before
+            facts = {**asdict(found), "format": 1, "keep": sorted(found.keep)}
+            data = json.dumps(facts, sort_keys=True).encode()
+            name = put_sidecar(table.storage, _FOLDER, data, ".json").rpartition("/")[2]
+            number = transactions.get(RETIRED_ID, 0) + 1
+            handle.create_write_transaction(
+                [],
+                "append",
+                table.spec.delta_schema,
+                ["segment", "bucket"],
+                commit_properties=CommitProperties(
+                    app_transactions=[
+                        Transaction(RETIRED_ID, number),
+                        Transaction(f"{RETIRED_ID}/{number}/{name}", 1),
+                        Transaction(HOLDS_ID, transactions.get(HOLDS_ID, 0) + 1),
+                    ],
+                    custom_metadata={"vlm.retired": f"below {found.below}", "vlm.by": by},
+                ),
+            )
+            return found
 
     return attempted(table.uri, "retiring versions", attempt)
