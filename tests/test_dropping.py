@@ -218,3 +218,22 @@ def test_a_pin_of_nothing_stays_a_pin_of_nothing(tmp_path: Path) -> None:
     assert snapshot.version == store.snapshot().version
     assert snapshot.count(USERS).tolist() == [0] * len(USERS)
     assert snapshot.num_events == 0
+
+
+def test_pins_hold_dropped_files_until_they_are_let_go(tmp_path: Path) -> None:
+    store = history_of(tmp_path / "h", EVENTS, days=DAYS)
+    dataset = pointers_to(store, tmp_path / "p")
+    before, _ = loaded(dataset)
+    sizes = store.drop_before(day(3)).num_bytes
+    for moving in (False, True):
+        kept = store.gc(dry_run=False, keep_hours=0, move_pins=moving)
+        assert kept.purged.num_bytes < sizes
+        assert loaded(PointerDataset.open(dataset.uri)) == (before, 0)
+    gone = store.gc(dry_run=False, keep_hours=0, move_pins=True, let_dropped_go=True)
+    assert gone.purged.num_bytes >= sizes
+    assert not gone.holding.lost
+    after, num_dropped = loaded(PointerDataset.open(dataset.uri), gone="drop")
+    assert after.items() < before.items()
+    assert num_dropped == len(before) - len(after) > 0
+    again = store.gc(dry_run=False, keep_hours=0, move_pins=True)
+    assert (again.purged.num_files, again.holding.lost) == (0, ())

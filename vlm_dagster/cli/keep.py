@@ -45,6 +45,9 @@ def gc(
     move_pins: Annotated[
         bool, typer.Option(help="Let pins open the newest version where it holds the same content.")
     ] = False,
+    let_dropped_go: Annotated[
+        bool, typer.Option(help="Let pins go that hold windows which were dropped by age since.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option(help="Check the newest version's files before pins are moved to it.")
     ] = False,
@@ -64,6 +67,7 @@ def gc(
         dry_run=not delete,
         keep_hours=keep_hours,
         move_pins=move_pins,
+        let_dropped_go=let_dropped_go,
         verify=verify,
         forget=forget or [],
     )

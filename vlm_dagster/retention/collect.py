@@ -30,6 +30,8 @@ from vlm_dagster.sealed.verify import verify as verify_files
 from vlm_dagster.storage import FileInfo
 
 if TYPE_CHECKING:
+    from vlm_dagster.history import SnapshotRef
+    from vlm_dagster.pointers import PointerRef
     from vlm_dagster.sealed.owner import WindowedTable
 
 __all__ = ["GcReport", "Holding", "KeptVersion", "find_holding", "gc", "opens_at"]
@@ -68,7 +70,8 @@ class Holding:
         kept: the newest and every held version, newest first.
         retired: as it is, and as it will be once everything else is let go.
         num_retired, num_to_retire: versions.
-        moved: what held a version and is opened at the newest instead, after proof.
+        moved: what held a version and is opened at the newest instead, after proof; or what named
+            only windows that were dropped by age, and was let go.
         lost: what refers to a version that cannot be opened, and whose content no kept one has.
     """
 
@@ -117,6 +120,7 @@ def gc(
     dry_run: bool = True,
     keep_hours: float = 24.0,
     move_pins: bool = False,
+    let_dropped_go: bool = False,
     verify: bool = False,
     forget: Sequence[str] = (),
     grace_s: float = DEFAULT_GRACE_S,
@@ -132,7 +136,12 @@ def gc(
         inputs = _inputs(table)
         lifetimes = Lifetimes(table)
         holding = find_holding(
-            owner, lifetimes, keep_hours=keep_hours, move_pins=move_pins, forget=forget
+            owner,
+            lifetimes,
+            keep_hours=keep_hours,
+            move_pins=move_pins,
+            let_dropped_go=let_dropped_go,
+            forget=forget,
         )
         unprotected = missing_protection(table)
         files, num_spared = collectable(table, lifetimes, holding.retired_next, grace_s=grace_s)
@@ -173,6 +182,7 @@ def find_holding(
     *,
     keep_hours: float = 24.0,
     move_pins: bool = False,
+    let_dropped_go: bool = False,
     forget: Sequence[str] = (),
 ) -> Holding:
     """What holds which version, and what would be let go."""
@@ -192,14 +202,15 @@ def find_holding(
                 moved.append(hold)
                 continue
             lost.append(hold)  # its files stay all the same: its log may be restored
-        elif (
-            move_pins
-            and hold.version < newest.version
-            and holds_rows(newest, hold.pin, table.state(hold.version))
+        elif hold.version < newest.version and (
+            (move_pins and holds_rows(newest, hold.pin, table.state(hold.version)))
+            or (let_dropped_go and _lacks_only_dropped(newest, hold.pin))
         ):
             moved.append(hold)
             continue
-        if version is None:
+        if version is None and _lacks_only_dropped(newest, hold.pin):
+            moved.append(hold)  # all that it showed has been dropped, and was let go then
+        elif version is None:
             lost.append(hold)
         else:
             held.setdefault(version, []).append(hold)
@@ -233,6 +244,12 @@ def find_holding(
         lost=tuple(lost),
         references=references,
     )
+
+
+def _lacks_only_dropped(newest: TableState, pin: SnapshotRef | PointerRef) -> bool:
+    """Whether the newest version holds what a pin names, but for windows dropped by age since."""
+    dropped = any(one.kind == "drop" for one in newest.gone.removals)
+    return dropped and holds_content(newest, pin)
 
 
 class _Counted:

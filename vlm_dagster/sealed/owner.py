@@ -180,6 +180,7 @@ class WindowedTable:
         dry_run: bool = True,
         keep_hours: float = 24.0,
         move_pins: bool = False,
+        let_dropped_go: bool = False,
         verify: bool = False,
         forget: Sequence[str] = (),
         progress: Callable[[FileInfo], None] | None = None,
@@ -196,6 +197,9 @@ class WindowedTable:
                 takes that opened it without a pin.
             move_pins: what refers to a version whose windows the newest holds too, proved by
                 digest, does not hold it: its pin then opens the newest, with the same content.
+            let_dropped_go: what refers to a version only for windows that were dropped by age since
+                does not hold it either: its examples that reach into them are then refused by a
+                loader, or left out and counted.
             verify: before pins are moved, check the newest version's files against their hashes.
             forget: addresses of referrers that hold nothing any more if they cannot be opened; `*`
                 stands for anything.
@@ -212,6 +216,7 @@ class WindowedTable:
             dry_run=dry_run,
             keep_hours=keep_hours,
             move_pins=move_pins,
+            let_dropped_go=let_dropped_go,
             verify=verify,
             forget=forget,
             progress=progress,
