@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import few, group_of, many_events, seal_days
+from strategies import FIRST_DAY, few, group_of, many_events, seal_days
 
 from vlm_dagster import FeatureGroup, HistoryStore, Projection, Trait
-from vlm_dagster.errors import SchemaError
+from vlm_dagster.errors import SchemaError, TableError
 from vlm_dagster.sealed import stripes, writer
 from vlm_dagster.sealed.stripes import DEFAULT_EDGES, Stripes, choose_edges, rows_decoded
 from vlm_dagster.sealed.writer import SegmentWriter
@@ -264,3 +264,25 @@ def test_chunks_that_wait_on_disk_give_the_bytes_of_one_chunk_in_memory(
         files.append((tmp_path / name).read_bytes())
     assert files[0] == files[1]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_portable_table_has_no_encoding_that_old_readers_lack(tmp_path: Path) -> None:
+    group = group_of(EVENTS)
+    encodings = {}
+    for portable in (False, True):
+        uri = tmp_path / str(portable)
+        store = HistoryStore.create(uri, group, 2, start=FIRST_DAY, portable=portable)
+        seal_days(store, EVENTS)
+        store.compact(fanout=2)
+        assert HistoryStore.open(uri).snapshot().verify(deep=True).ok
+        found = set()
+        for path in store.snapshot().files()["path"].to_pylist():
+            for group_number in range((meta := pq.read_metadata(uri / path)).num_row_groups):
+                row_group = meta.row_group(group_number)
+                for i in range(meta.num_columns):
+                    found.update(row_group.column(i).encodings)
+        encodings[portable] = found
+        with pytest.raises(TableError, match=r"created with portable = "):
+            HistoryStore.create(uri, group, 2, start=FIRST_DAY, portable=not portable)
+    assert "BYTE_STREAM_SPLIT" in encodings[False]
+    assert encodings[True] <= {"PLAIN", "RLE", "RLE_DICTIONARY", "DELTA_BINARY_PACKED"}

@@ -23,6 +23,7 @@ from vlm_dagster.io_managers.history import VlmHistoryIOManager
 from vlm_dagster.io_managers.tables import io_manager_of
 from vlm_dagster.schema import FeatureGroup
 from vlm_dagster.sealed import StagedWindow
+from vlm_dagster.sealed.stripes import DEFAULT_EDGES
 
 __all__ = ["history_asset"]
 
@@ -35,6 +36,8 @@ def history_asset(
     name: str | None = None,
     key_prefix: str | Sequence[str] | None = None,
     num_buckets: int = 16,
+    bands: Sequence[int] = DEFAULT_EDGES,
+    portable: bool = False,
     on_sealed: Literal["verify", "reuse"] = "verify",
     deps: Iterable[Any] = (),
     io_manager_key: str = "history_io_manager",
@@ -65,6 +68,7 @@ def history_asset(
             the table, from which positions count.
         name: the asset's name; `<group>_history` by default.
         num_buckets: how many files a window is split into, by user.
+        bands, portable: see `HistoryStore.create`.
         on_sealed: "verify" reads the source again for a sealed window and compares digests, so
             that a source that drifted is found out; "reuse" keeps what is sealed and does not
             read the source. The launchpad can choose otherwise for one run.
@@ -83,7 +87,7 @@ def history_asset(
         events, what="events", offered={"context": "the AssetExecutionContext of the run"}
     )
     schema = column_schema(group.event_schema)
-    declaration = (group.to_json(), num_buckets, grid.cadence, start)
+    declaration = (group.to_json(), num_buckets, grid.cadence, start, list(bands), portable)
 
     with beta_features():
 
@@ -121,6 +125,8 @@ def history_asset(
                     num_buckets=num_buckets,
                     windows=grid.cadence,
                     start=start,
+                    bands=bands,
+                    portable=portable,
                 )
                 sealed = {found.window.key: found for found in store.sealed_windows()}
                 staged: list[StagedWindow] = []

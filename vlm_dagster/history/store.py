@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from vlm_dagster.encodings import portable_encodings
 from vlm_dagster.engines import Engine
 from vlm_dagster.errors import PinError, SchemaError
 from vlm_dagster.history.compaction import CompactionReport, Merge, compact
@@ -55,6 +56,7 @@ class HistoryStore(WindowedTable):
         windows: Cadence = "daily",
         start: str | None = None,
         bands: Sequence[int] = DEFAULT_EDGES,
+        portable: bool = False,
         storage_options: Mapping[str, str] | None = None,
         engine: Engine | None = None,
     ) -> HistoryStore:
@@ -72,13 +74,15 @@ class HistoryStore(WindowedTable):
                 longest history reaches past. Empty: one band, users in order of id. Where they lie
                 matters less than one may think; `vlm_dagster.history.choose_edges` works out the
                 best ones from another table's data and the lengths that models read.
+            portable: use only encodings that readers of long ago know too: Spark 3.5 reads all
+                columns then, as it otherwise does not (4.3 does). Costs about a byte an event.
             storage_options: as deltalake takes them; never stored, never shown.
 
         Raises:
             TableError: something else lies there, or the table was declared otherwise.
         """
         check_num_buckets(num_buckets)
-        spec = _spec(group, num_buckets, WindowGrid(windows), start, bands)
+        spec = _spec(group, num_buckets, WindowGrid(windows), start, bands, portable)
         return cls(SealedTable.create(os.fspath(uri), spec, storage_options), group, engine)
 
     @classmethod
@@ -341,7 +345,9 @@ def _spec(
     grid: WindowGrid,
     start: str | None,
     bands: Sequence[int],
+    portable: bool,
 ) -> TableSpec:
+    chosen = {t.name: t.encoding for t in group.traits if t.encoding is not None}
     return TableSpec(
         kind="history",
         name=group.name,
@@ -350,9 +356,9 @@ def _spec(
         num_buckets=num_buckets,
         grid=grid,
         start=None if start is None else grid.parse(start),
-        details={"group": group.to_json()},
+        details={"group": group.to_json(), "portable": portable},
         stripes=Stripes.of(bands),
-        encodings={t.name: t.encoding for t in group.traits if t.encoding is not None},
+        encodings={**(portable_encodings(group.stored_schema) if portable else {}), **chosen},
     )
 
 
@@ -363,4 +369,5 @@ def _revive(declared: dict[str, Any]) -> TableSpec:
         WindowGrid(declared["windows"]),
         declared["start"],
         declared["bands"],
+        declared.get("portable", False),
     )

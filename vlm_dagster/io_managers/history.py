@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import dagster as dg
 
 from vlm_dagster.history import HistoryStore, SnapshotRef
@@ -10,6 +12,7 @@ from vlm_dagster.io_managers.handles import Sealing
 from vlm_dagster.io_managers.sealing import commit, sealed_facts, summary_facts
 from vlm_dagster.io_managers.tables import TableIOManager, input_keys
 from vlm_dagster.schema import FeatureGroup
+from vlm_dagster.sealed.stripes import DEFAULT_EDGES
 from vlm_dagster.windows import Cadence
 
 __all__ = ["VlmHistoryIOManager"]
@@ -36,6 +39,8 @@ class VlmHistoryIOManager(TableIOManager):
         num_buckets: int,
         windows: Cadence,
         start: str | None,
+        bands: Sequence[int] = DEFAULT_EDGES,
+        portable: bool = False,
     ) -> HistoryStore:
         """The store of an asset; created if it is not there, checked against the declaration if so."""
         return HistoryStore.create(
@@ -44,6 +49,8 @@ class VlmHistoryIOManager(TableIOManager):
             num_buckets=num_buckets,
             windows=windows,
             start=start,
+            bands=bands,
+            portable=portable,
             storage_options=self.options,
         )
 
