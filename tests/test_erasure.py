@@ -28,7 +28,14 @@ from strategies import (
 )
 
 from vlm_dagster import HistoryStore, PointerDataset, Projection, SequenceLoader
-from vlm_dagster.errors import GoneError, InvalidEventsError, SchemaError, WindowSealedError
+from vlm_dagster.errors import (
+    CorruptFileError,
+    GoneError,
+    InvalidEventsError,
+    SchemaError,
+    TableError,
+    WindowSealedError,
+)
 from vlm_dagster.sealed.stripes import Stripes
 from vlm_dagster.sealed.users import decode_users
 
@@ -293,3 +300,30 @@ def test_a_reader_of_an_old_version_opens_its_pin_again(tmp_path: Path) -> None:
                 assert new.end_positions[row] == old.end_positions[row]
             else:
                 assert new.lengths[row] == 0
+
+
+def test_a_ledger_of_a_later_release_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_dagster.sealed import gone
+
+    store = history_of(tmp_path / "h", EVENTS)
+    with monkeypatch.context() as later:
+        later.setattr(gone, "_FORMAT", 2)
+        store.erase([3], reason="ticket 7")
+    with pytest.raises(TableError, match=r"_gone/.* has format 2, newer.*Upgrade"):
+        HistoryStore.open(store.uri).snapshot().read([4])
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_damaged_ledger_is_named(tmp_path: Path, damage: str) -> None:
+    store = history_of(tmp_path / "h", EVENTS)
+    store.erase([3], reason="ticket 7")
+    paths = set(store._table.state().gone.buckets.values())
+    for path in (Path(store.uri, path) for path in paths):
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CorruptFileError, match=r"_gone/.*(is missing|not to its name)"):
+        HistoryStore.open(store.uri).snapshot().read(USERS)

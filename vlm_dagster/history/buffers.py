@@ -22,8 +22,8 @@ class ArenaBuffers:
     """Blocks of memory that readers fill and that come back by themselves.
 
     A block is used again once nothing refers to it any more: no Arrow array, no slice of one, and no
-    numpy array or tensor made of one. So nobody's data is ever overwritten, and whoever keeps an arena for longer only keeps the next
-    one from using its memory. Safe to share between threads.
+    numpy array or tensor made of one. So nobody's data is ever overwritten, and whoever keeps an
+    arena for longer only keeps the next one from using its memory. Safe to share between threads.
 
     Args:
         max_idle_bytes: of blocks that wait to be used again; what exceeds it goes back to the system,

@@ -26,9 +26,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import Transaction
 
-from vlm_dagster.errors import TableError
 from vlm_dagster.hashing import Digest, id_words, mix64
-from vlm_dagster.sealed.sidecar import put_sidecar, read_sidecar
+from vlm_dagster.sealed.sidecar import naming, put_sidecar, read_named, read_sidecar
 from vlm_dagster.storage import Storage
 
 __all__ = ["Gone", "GoneRows", "GoneUsers", "Removal", "read_gone", "user_words"]
@@ -119,29 +118,17 @@ class Gone:
             "removals": [asdict(one) for one in self.removals],
         }
         data = json.dumps(facts, sort_keys=True).encode()
-        name = put_sidecar(storage, _FOLDER, data, ".json").rpartition("/")[2]
-        return written, [
-            Transaction(GONE_ID, written.edition),
-            Transaction(f"{GONE_ID}/{written.edition}/{name}", 1),
-        ]
+        path = put_sidecar(storage, _FOLDER, data, ".json")
+        return written, naming(GONE_ID, written.edition, path)
 
 
 def read_gone(storage: Storage, transactions: Mapping[str, int]) -> Gone:
     """The ledger, from the transactions of a version."""
-    edition = transactions.get(GONE_ID)
-    if edition is None:
+    facts = read_named(storage, transactions, GONE_ID, _FOLDER, _FORMAT)
+    if facts is None:
         return Gone()
-    prefix = f"{GONE_ID}/{edition}/"
-    (name,) = (app_id[len(prefix) :] for app_id in transactions if app_id.startswith(prefix))
-    facts = json.loads(read_sidecar(storage, f"{_FOLDER}/{name}"))
-    if facts["format"] > _FORMAT:
-        raise TableError(
-            storage.uri,
-            f"its ledger of removals has format {facts['format']}, newer than this code's {_FORMAT}",
-            "Upgrade vlm-dagster.",
-        )
     return Gone(
-        edition=edition,
+        edition=facts["edition"],
         windows={n: (r, Digest.parse(d)) for n, (r, d) in facts["windows"].items()},
         buckets={int(bucket): path for bucket, path in facts["buckets"].items()},
         removals=tuple(Removal(**one) for one in facts["removals"]),

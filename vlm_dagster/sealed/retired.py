@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from deltalake import CommitProperties, Transaction
 
 from vlm_dagster.sealed.attempts import attempted
-from vlm_dagster.sealed.sidecar import put_sidecar, read_sidecar
+from vlm_dagster.sealed.sidecar import naming, put_sidecar, read_named
 from vlm_dagster.storage import Storage
 from vlm_dagster.windows import format_us
 
@@ -31,6 +31,7 @@ RETIRED_ID = "vlm.retired"
 # Carried by whoever retires versions and by whoever pins one: of two at the same instant, one looks again.
 HOLDS_ID = "vlm.holds"
 _FOLDER = "_retired"
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,9 @@ class Retired:
 
 def read_retired(storage: Storage, transactions: Mapping[str, int]) -> Retired:
     """What is retired, from the transactions of a version."""
-    number = transactions.get(RETIRED_ID)
-    if number is None:
+    facts = read_named(storage, transactions, RETIRED_ID, _FOLDER, _FORMAT)
+    if facts is None:
         return Retired()
-    prefix = f"{RETIRED_ID}/{number}/"
-    (path,) = (app_id[len(prefix) :] for app_id in transactions if app_id.startswith(prefix))
-    facts = json.loads(read_sidecar(storage, f"{_FOLDER}/{path}"))
     return Retired(facts["below"], frozenset(facts["keep"]), facts["by"], facts["at"])
 
 
@@ -116,9 +114,9 @@ def retire(
             found = before.further(below, keep, by)
             if found is before:
                 return before
-            facts = {**asdict(found), "format": 1, "keep": sorted(found.keep)}
+            facts = {**asdict(found), "format": _FORMAT, "keep": sorted(found.keep)}
             data = json.dumps(facts, sort_keys=True).encode()
-            name = put_sidecar(table.storage, _FOLDER, data, ".json").rpartition("/")[2]
+            path = put_sidecar(table.storage, _FOLDER, data, ".json")
             number = transactions.get(RETIRED_ID, 0) + 1
             handle.create_write_transaction(
                 [],
@@ -127,8 +125,7 @@ def retire(
                 ["segment", "bucket"],
                 commit_properties=CommitProperties(
                     app_transactions=[
-                        Transaction(RETIRED_ID, number),
-                        Transaction(f"{RETIRED_ID}/{number}/{name}", 1),
+                        *naming(RETIRED_ID, number, path),
                         Transaction(HOLDS_ID, transactions.get(HOLDS_ID, 0) + 1),
                     ],
                     custom_metadata={"vlm.retired": f"below {found.below}", "vlm.by": by},

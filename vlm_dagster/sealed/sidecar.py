@@ -7,11 +7,16 @@ in place before the commit that names it, and never changes.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
 
-from vlm_dagster.errors import CorruptFileError
+from deltalake import Transaction
+
+from vlm_dagster.errors import CorruptFileError, TableError
 from vlm_dagster.storage import Storage
 
-__all__ = ["put_sidecar", "read_sidecar"]
+__all__ = ["naming", "put_sidecar", "read_named", "read_sidecar"]
 
 
 def put_sidecar(storage: Storage, folder: str, data: bytes, suffix: str) -> str:
@@ -44,3 +49,34 @@ def read_sidecar(storage: Storage, path: str, version: int | None = None) -> byt
             return data
         problem = f"its bytes hash to {found}, not to its name"
     raise CorruptFileError(table=storage.uri, path=path, version=version, problem=problem)
+
+
+def naming(app_id: str, number: int, path: str) -> list[Transaction]:
+    """What a commit must carry to name a sidecar as the newest one of its kind."""
+    name = path.rpartition("/")[2]
+    return [Transaction(app_id, number), Transaction(f"{app_id}/{number}/{name}", 1)]
+
+
+def read_named(
+    storage: Storage, transactions: Mapping[str, int], app_id: str, folder: str, newest_format: int
+) -> dict[str, Any] | None:
+    """The newest JSON sidecar of a kind, as the transactions of a version name it; None if they
+    name none.
+
+    Raises:
+        CorruptFileError: it is missing, or not what was written.
+        TableError: its format is newer than this code.
+    """
+    number = transactions.get(app_id)
+    if number is None:
+        return None
+    prefix = f"{app_id}/{number}/"
+    (name,) = (key[len(prefix) :] for key in transactions if key.startswith(prefix))
+    found: dict[str, Any] = json.loads(read_sidecar(storage, f"{folder}/{name}"))
+    if found["format"] > newest_format:
+        raise TableError(
+            storage.uri,
+            f"{folder}/{name} has format {found['format']}, newer than this code's {newest_format}",
+            "Upgrade vlm-dagster.",
+        )
+    return found
