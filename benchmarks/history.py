@@ -96,7 +96,7 @@ def build_year(uri: str, shape: dict[str, int]) -> dict[str, Any]:
 
 
 def seal(bench: Bench) -> None:
-    found = sealing.run(2_000_000 if bench.quick else 50_000_000, 1)
+    found = sealing.run(8_000_000 if bench.quick else 50_000_000, 1)
     bench.figure("sealing from Parquet", found["events_per_s"], "events/s", ">=", 3e6)
     bench.figure("sealing, peak RSS", found["peak_rss_mb"], "MB", "<=", 2000)
     bench.note("floor: bare DuckDB sort to Parquet", found["floor_events_per_s"], "events/s")

@@ -50,7 +50,7 @@ class Shape:
 
 
 FULL = Shape(users=1_000, mean=16_000, buckets=2, newest=256)
-QUICK = Shape(users=1_000, mean=1_000, buckets=1, newest=64)
+QUICK = Shape(users=1_000, mean=6_000, buckets=1, newest=128)
 
 
 def rates(shape: Shape) -> npt.NDArray[np.float64]:

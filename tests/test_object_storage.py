@@ -118,6 +118,21 @@ def test_sealing_reading_and_loading(options: dict[str, str]) -> None:
     assert store.sweep(older_than_s=0) == []
 
 
+def test_windows_are_corrected_and_users_erased(options: dict[str, str]) -> None:
+    uri = "s3://lake/changed"
+    store = HistoryStore.create(uri, GROUP, num_buckets=2, storage_options=options)
+    store.seal(DAY, events())
+    assert store.correct(DAY, events(1), reason="wrong items").revision == 2
+    report = store.erase([1], reason="ticket 7")
+    assert report.num_rows == 3
+    assert report.num_files_deleted > 0
+    snapshot = HistoryStore.open(uri, storage_options=options).snapshot()
+    found = snapshot.read([1, 2], Projection(["item_id"]))
+    assert [found.of(i)["item_id"].to_pylist() for i in (0, 1)] == [[], [21]]
+    assert found.end_positions.tolist() == [3, 1]
+    assert snapshot.verify(deep=True).ok
+
+
 def test_of_racing_processes_one_commits(options: dict[str, str]) -> None:
     context = get_context("spawn")
     with ProcessPoolExecutor(4, mp_context=context) as pool:
