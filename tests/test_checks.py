@@ -13,8 +13,10 @@ import pytest
 from dagster_project import DAYS, HISTORY, POINTERS, Project
 
 from vlm_dagster.assets import history_checks, pointer_checks
+from vlm_dagster.assets.reference import _problem
 from vlm_dagster.errors import SchemaError
-from vlm_dagster.pointers import PointerSnapshot
+from vlm_dagster.history import HistoryStore
+from vlm_dagster.pointers import PointerDataset, PointerSnapshot
 from vlm_dagster.pointers.build import PointerBuilder
 
 
@@ -177,3 +179,36 @@ def test_checks_belong_to_what_the_factories_made(project: Project) -> None:
         history_checks(project.pointers)
     with pytest.raises(SchemaError, match="not made by pointer_asset"):
         pointer_checks(project.history)
+
+
+def test_what_was_erased_dropped_or_collected_leaks_nothing(project: Project) -> None:
+    project.materialize(DAYS[0], DAYS[4])
+    history = HistoryStore.open(project.root / "ratings_history")
+    pointers = PointerDataset.open(project.root / "next_item_pointers")
+
+    def assert_all_pass() -> None:
+        found = {**run_checks(project, HISTORY), **run_checks(project, POINTERS)}
+        assert {name: e.description for name, e in found.items() if not e.passed} == {}
+        assert found["no_leakage"].metadata["num_examples"].value > 5
+
+    assert_all_pass()
+    history.erase([2], reason="ticket 7")
+    assert_all_pass()  # the examples are still there, and point at what is gone
+    pointers.erase([2], reason="ticket 7")
+    assert_all_pass()
+    history.drop_before(DAYS[2])
+    history.gc(dry_run=False, keep_hours=0, move_pins=True, let_dropped_go=True)
+    assert_all_pass()
+    # And a pointer that does leak is still found among what is left.
+    rows = pointers.snapshot([DAYS[4]]).to_table().to_pylist()
+    (row, *_) = [r for r in rows if r["user_id"] == 1]
+    row["request_time"] = int(row["request_time"].timestamp() * 1e6)
+    events = [(t, i) for i, t in enumerate(range(row["request_time"] - 5, row["request_time"]))]
+    row |= {"ratings_end_position": 9, "ratings_length": 9, "request_id": -1}
+    assert _problem(row, "ratings", events, 4, None, True) is None
+    assert "it leaks" in (_problem(row, "ratings", events, 3, None, True) or "")
+    assert "incomplete" in (_problem(row, "ratings", events, 5, None, True) or "")
+    own = {**row, "request_id": 4}
+    assert "its own history" in (_problem(own, "ratings", events, 4, None, True) or "")
+    longer = {**row, "ratings_length": 10}
+    assert "spans 10 events" in (_problem(longer, "ratings", events, 4, None, True) or "")

@@ -392,5 +392,5 @@ assert DAY_US
 
 def test_whatever_happens() -> None:
     run_state_machine_as_test(
-        HistoryMachine, settings=settings(few(12), stateful_step_count=14, deadline=None)
+        HistoryMachine, settings=settings(few(30), stateful_step_count=20, deadline=None)
     )

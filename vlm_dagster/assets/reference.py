@@ -73,12 +73,18 @@ def find_leaks(
             continue
         # Histories only grow, so the newest pin shows whatever the earlier ones do.
         pin = max(pins, key=lambda p: p.watermark_us or 0)
-        events = _events(pin, sorted({row["user_id"] for row in sample}), options)
+        users = sorted({row["user_id"] for row in sample})
+        snapshot_of_pin = pin.open(options)
+        events = _events(pin, snapshot_of_pin.version, users, options)
+        asked = pa.array(users, snapshot_of_pin.group.user_id)
+        counts = snapshot_of_pin.gone_of(asked).counts.tolist()
+        gone = dict(zip(users, counts, strict=True))
         num_events += sum(len(found) for found in events.values())
         about_event = snapshot.spec.request == "event_id" and group == snapshot.spec.target_group
         for row in sample:
+            user = row["user_id"]
             wrong = _problem(
-                row, group, events.get(row["user_id"], []), snapshot.spec.max_length, about_event
+                row, group, events.get(user, []), gone[user], snapshot.spec.max_length, about_event
             )
             if wrong:
                 problems.append(
@@ -92,28 +98,35 @@ def _problem(
     row: Mapping[str, Any],
     group: str,
     events: Sequence[tuple[int, Any]],
+    gone: int,
     max_length: int | None,
     about_event: bool,
 ) -> str | None:
+    """What is wrong with a pointer. `gone` of the user's oldest events were erased or dropped since,
+    and nothing but their number is known of them."""
     end, length = row[f"{group}_end_position"], row[f"{group}_length"]
-    available = [event for event in events if event[0] < row["request_time"]]
-    if end > len(available):
+    available = sum(event[0] < row["request_time"] for event in events)
+    if not available and end <= gone:
+        return None
+    if end > gone + available:
         return (
-            f"the pointer ends at position {end}, but only {len(available)} events were available "
+            f"the pointer ends at position {end}, but only {gone + available} events were available "
             f"before the request: it leaks"
         )
-    if about_event and row["request_id"] in [
-        event_id for _, event_id in events[end - length : end]
-    ]:
+    inside = events[max(end - length - gone, 0) : max(end - gone, 0)]
+    if about_event and row["request_id"] in [event_id for _, event_id in inside]:
         return "the event that the example is about lies in its own history: it leaks"
-    if end < len(available):
+    if end < gone + available:
         return (
-            f"the pointer ends at position {end}, but {len(available)} events were available before "
+            f"the pointer ends at position {end}, but {gone + available} events were available before "
             f"the request: it is incomplete"
         )
-    expected = end if max_length is None else min(end, max_length)
-    if length != expected:
-        return f"the pointer spans {length} events instead of {expected}"
+    # One that was built after events had gone spans what was left then.
+    most, least = (
+        span if max_length is None else min(span, max_length) for span in (end, end - gone)
+    )
+    if not least <= length <= most:
+        return f"the pointer spans {length} events instead of {most}"
     return None
 
 
@@ -141,10 +154,9 @@ def _sample(
     return rows
 
 
-def _events(pin: SnapshotRef, users: list[Any], options: Options) -> Events:
-    """Every event of some users that a snapshot shows, in order."""
-    # Where the pinned version was retired, another one that is kept holds the same content.
-    version = pin.open(options).version
+def _events(pin: SnapshotRef, version: int, users: list[Any], options: Options) -> Events:
+    """Every event of some users that a pin shows, in order, read at a version that holds it: where
+    the pinned one was retired, that is a later one."""
     table = DeltaTable(pin.uri, version=version, storage_options=dict(options or {}) or None)
     user_type = pa.schema(table.schema()).field("user_id").type
     asked = pa.array(users, user_type)
