@@ -175,6 +175,18 @@ class HistoryMachine(RuleBasedStateMachine):
         model.content[number] = events
         model.revisions[number] = 1
 
+    @precondition(lambda self: len(self.model.covered()) < NUM_DAYS)
+    @rule(draw=st.lists(some_events, min_size=2, max_size=2), fanout=st.integers(2, 4))
+    def days_go_by(self, draw: list[list[tuple[int, int]]], fanout: int) -> None:
+        """Pins are taken, and then segments reach past what they show."""
+        self.pin(named=False)
+        for some in draw:
+            number = len(self.model.covered())
+            allowed = [u for u in USERS if self.model.erased.get(u, -1) < number]
+            if number < NUM_DAYS:
+                self.seal(number, [(u, t) for u, t in some if u in allowed], fresh=True)
+        self.store.compact(fanout=fanout)
+
     @rule(fanout=st.integers(2, 4), most=st.sampled_from([2, 4, 16]))
     def compact(self, fanout: int, most: int) -> None:
         self.store.compact(fanout=fanout, max_windows=most)
