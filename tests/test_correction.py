@@ -189,11 +189,13 @@ def test_an_erasure_says_first_which_pins_it_would_break(tmp_path: Path) -> None
     dataset.seal(day(6), examples_of(EVENTS, 6), {"ratings": store.snapshot()})
     correct(store, replaced(EVENTS, 2), 2)
     version = store.snapshot().version
-    with pytest.raises(PinError, match=r"pointer dataset .*corrected since.*--retire-corrected"):
+    with pytest.raises(
+        PinError, match=r"pointer dataset .*corrected or dropped since.*--break-pins"
+    ):
         store.erase([3], reason="ticket 7")
     assert store.snapshot().version == version
     (lost,) = store.erase([3], reason="ticket 7", dry_run=True).lost
     assert lost.holder == dataset.uri
-    store.erase([3], reason="ticket 7", retire_corrected=True)
+    store.erase([3], reason="ticket 7", break_pins=True)
     with pytest.raises(PinError, match="corrected content"):
         loaded(PointerDataset.open(dataset.uri))

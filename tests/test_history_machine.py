@@ -220,7 +220,7 @@ class HistoryMachine(RuleBasedStateMachine):
 
     @rule(users=st.lists(st.sampled_from(USERS), min_size=1, max_size=2, unique=True))
     def erase(self, users: list[int]) -> None:
-        self.store.erase(users, reason="asked for", retire_corrected=True)
+        self.store.erase(users, reason="asked for", break_pins=True)
         days = list(self.model.content)
         self.model.remove(days, users)
         for user in users:

@@ -234,12 +234,15 @@ class GoneError(VlmError):
 class StorageError(VlmError, OSError):
     """Storage refused a read or a write."""
 
-    def __init__(self, uri: str, doing: str, cause: BaseException) -> None:
+    def __init__(self, uri: str, doing: str, cause: BaseException, *, writing: bool = True) -> None:
         detail = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-        super().__init__(
-            f"{uri}: storage failed while {doing}: {detail}. Nothing was committed. Free space or "
-            f"repair access, then run the same command again; left-over files are swept."
+        way_out = (
+            "Nothing was committed. Free space or repair access, then run the same command again; "
+            "left-over files are swept."
+            if writing
+            else "Repair access, then run the same command again."
         )
+        super().__init__(f"{uri}: storage failed while {doing}: {detail}. {way_out}")
         self.uri = uri
 
 

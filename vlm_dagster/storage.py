@@ -244,6 +244,19 @@ def coalesce(ranges: Sequence[tuple[int, int]], *, gap: int, limit: int) -> list
     return found
 
 
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Errors of an object store as ours; FileNotFoundError stays what it is."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except BaseError as error:
+        raise StorageError(path, "reading it", error, writing=False) from error
+
+
 class _RangeFile(io.RawIOBase):
     """An object as a file. What is known to be read is on its way from the start; every other read is
     one ranged request."""
@@ -260,7 +273,8 @@ class _RangeFile(io.RawIOBase):
 
     @cached_property
     def _size(self) -> int:
-        return int(self._store.head(self._path)["size"])
+        with _reading(self._path):
+            return int(self._store.head(self._path)["size"])
 
     def readable(self) -> bool:
         return True
@@ -290,14 +304,16 @@ class _RangeFile(io.RawIOBase):
             if self._at + size <= end:
                 low = self._at - start
                 self._at += size
-                return memoryview(fetched.result())[low : low + size]
+                with _reading(self._path):
+                    return memoryview(fetched.result())[low : low + size]
         return super().read(-1 if size is None else size)
 
     def readinto(self, buffer: Any) -> int:
         num_bytes = min(len(buffer), self._size - self._at)
         if num_bytes <= 0:
             return 0
-        found = self._store.get_range(self._path, start=self._at, length=num_bytes)
+        with _reading(self._path):
+            found = self._store.get_range(self._path, start=self._at, length=num_bytes)
         buffer[:num_bytes] = memoryview(found)
         self._at += num_bytes
         return num_bytes
@@ -348,24 +364,29 @@ class ObjectStorage:
         except FileNotFoundError:
             raise
         except Exception:  # Azure has no such request
-            size = int(self._store.head(path)["size"])
-            start = max(size - num_bytes, 0)
-            return bytes(self._store.get_range(path, start=start, end=size))
-        return bytes(found.bytes())
+            with _reading(path):
+                size = int(self._store.head(path)["size"])
+                start = max(size - num_bytes, 0)
+                return bytes(self._store.get_range(path, start=start, end=size))
+        with _reading(path):
+            return bytes(found.bytes())
 
     def read_bytes(self, path: str) -> bytes:
-        return bytes(self._store.get(path).bytes())
+        with _reading(path):
+            return bytes(self._store.get(path).bytes())
 
     def size(self, path: str) -> int | None:
         try:
-            return int(self._store.head(path)["size"])
+            with _reading(path):
+                return int(self._store.head(path)["size"])
         except FileNotFoundError:
             return None
 
     def list(self, prefix: str = "") -> Iterator[FileInfo]:
-        for chunk in self._store.list(prefix or None):
-            for meta in chunk:
-                yield FileInfo(meta["path"], meta["size"], meta["last_modified"].timestamp())
+        with _reading(prefix or self.uri):
+            for chunk in self._store.list(prefix or None):
+                for meta in chunk:
+                    yield FileInfo(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
     def delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -21,7 +21,7 @@ def erase(
     ],
     users: Annotated[str, typer.Option(help="A text file of user ids, one a line; - for stdin.")],
     reason: Annotated[str, typer.Option(help="For the audit record; name no user in it.")],
-    retire_corrected: Annotated[
+    break_pins: Annotated[
         bool, typer.Option(help="Also if pins of windows that were corrected since break by it.")
     ] = False,
     dry_run: Annotated[bool, typer.Option(help="Only count.")] = False,
@@ -43,7 +43,7 @@ def erase(
         (table, lines.typed(table.user_id)) for table in tables
     ]  # refused before any is changed
     reports = [
-        table.erase(ids, reason=reason, retire_corrected=retire_corrected, dry_run=dry_run)
+        table.erase(ids, reason=reason, break_pins=break_pins, dry_run=dry_run)
         for table, ids in wanted
     ]
     if as_json:

@@ -54,7 +54,8 @@ class LocalEngine:
         memory_limit: what sorting may hold before it spills, e.g. "1500MB".
         threads: how many buckets are worked on at a time, as far as the memory suffices; None
             means one a core.
-        in_memory_rows: inputs of at most so many rows are sorted in one go.
+        in_memory_rows: inputs of at most so many rows, that fit into the memory, are sorted in
+            one go.
     """
 
     memory_limit: str = "1500MB"
@@ -62,7 +63,8 @@ class LocalEngine:
     in_memory_rows: int = 122_880
 
     def __post_init__(self) -> None:
-        _num_bytes(self.memory_limit)
+        if _num_bytes(self.memory_limit) < 1:
+            raise ValueError(f"memory_limit={self.memory_limit!r} is no memory at all")
 
     def map_buckets(
         self,
@@ -74,12 +76,14 @@ class LocalEngine:
         work: Callable[[int, Iterator[pa.RecordBatch]], T],
     ) -> list[T]:
         threads = self.threads or os.cpu_count() or 1
+        limit = _num_bytes(self.memory_limit)
         held: list[pa.RecordBatch] = []
-        num_rows = 0
+        num_rows = num_bytes = 0
         for batch in batches:
             held.append(batch)
             num_rows += batch.num_rows
-            if num_rows > self.in_memory_rows:
+            num_bytes += batch.nbytes
+            if num_rows > self.in_memory_rows or _COPIES * num_bytes > limit:
                 break
         else:
             if not num_rows:
@@ -89,7 +93,6 @@ class LocalEngine:
                 [partial(work, bucket, iter([part])) for bucket, part in _by_bucket([rows])],
                 threads if num_rows >= _ROWS_WORTH_THREADS else 1,
             )
-        limit = _num_bytes(self.memory_limit)
         parts = _partitioned(chain(held, batches), num_buckets, scratch, limit // 4)
         held.clear()
         budget = _Budget(limit - limit // 4)

@@ -42,8 +42,9 @@ class Partition:
     def __init__(self, path: Path, bucket: int | None) -> None:
         self._path = path
         self._held: list[pa.RecordBatch] = []
+        # The file is held here, as a writer closes no sink that it opened by itself.
+        self._sink: Any = None
         self._writer: pa.ipc.RecordBatchStreamWriter | None = None
-        self._finished = False
         self.bucket = bucket
         self.num_rows = 0
         self.num_bytes = 0
@@ -55,14 +56,16 @@ class Partition:
             self._held.append(batch)
             return
         if self._writer is None:
-            self._writer = pa.ipc.new_stream(str(self._path), batch.schema)
+            self._sink = pa.OSFile(str(self._path), "wb")
+            self._writer = pa.ipc.new_stream(self._sink, batch.schema)
         self._writer.write_batch(batch)
 
     def finish(self) -> None:
         """All rows have come."""
-        if self._writer is not None and not self._finished:
-            self._finished = True
-            self._writer.close()
+        if self._sink is not None and not self._sink.closed:
+            assert self._writer is not None
+            with self._sink:
+                self._writer.close()
 
     def take(self) -> Iterator[pa.RecordBatch]:
         """The rows, which are forgotten then. Those of the file are mapped into memory."""
@@ -104,8 +107,9 @@ class Partition:
                     which += above.to_numpy(zero_copy_only=False)
                 _put(parts, batch, which, row_bytes, hold=False)
         finally:
-            for part in parts:
-                part.finish()
+            with contextlib.ExitStack() as stack:  # all of them, even if one cannot be finished
+                for part in parts:
+                    stack.callback(part.finish)
         return [part for part in parts if part.num_rows]
 
     def _peek(self) -> Iterator[pa.RecordBatch]:

@@ -54,7 +54,8 @@ class ArenaBuffers:
             step = 1 << max((num_bytes - 1).bit_length() - 4, 12)
             block = np.empty(-(-num_bytes // step) * step, np.uint8)
         lent = block[:num_bytes].view(kind)
-        weakref.finalize(lent, self._returned.append, block).atexit = False
+        # By a weak reference: a block that is lent must not keep those that came back.
+        weakref.finalize(lent, _give_back, weakref.ref(self), block).atexit = False
         return lent
 
     def _take(self, num_bytes: int) -> Bytes | None:
@@ -71,3 +72,9 @@ class ArenaBuffers:
                     room -= len(block)
             self._idle = kept[::-1]
             return best
+
+
+def _give_back(buffers: weakref.ref[ArenaBuffers], block: Bytes) -> None:
+    there = buffers()
+    if there is not None and there.max_idle_bytes:
+        there._returned.append(block)

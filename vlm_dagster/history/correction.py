@@ -43,8 +43,8 @@ def check_correctable(table: SealedTable, state: TableState, window: Window) -> 
     return sealed
 
 
-def _revision_of(table: SealedTable, staged: StagedWindow, state: TableState) -> list[Transaction]:
-    """What gives the window its next revision, within the commit that replaces its files."""
+def _check_still(table: SealedTable, staged: StagedWindow, state: TableState) -> None:
+    """WindowError if the revision that was to be corrected is not the present one any more."""
     window, correction = staged.window, staged.correction
     assert correction is not None
     now = check_correctable(table, state, window)
@@ -55,6 +55,13 @@ def _revision_of(table: SealedTable, staged: StagedWindow, state: TableState) ->
             f"but somebody made it revision {now.revision} with {now.digest} meanwhile",
             "Look at that one first; then correct again if it is still wrong.",
         )
+
+
+def _revision_of(table: SealedTable, staged: StagedWindow, state: TableState) -> list[Transaction]:
+    """What gives the window its next revision, within the commit that replaces its files."""
+    window, correction = staged.window, staged.correction
+    assert correction is not None
+    _check_still(table, staged, state)
     check_not_erased(table, staged, state)
     facts = {
         "key": window.key,
@@ -83,6 +90,7 @@ def commit_correction(table: SealedTable, staged: StagedWindow) -> Sealed:
     window, correction = staged.window, staged.correction
     assert correction is not None
     if staged.digest == correction.digest:
+        _check_still(table, staged, table.state())
         version = table.versions.sealing(window)
         return Sealed.of(staged, version, reused=True, revision=correction.revision)
     while True:

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import Transaction
 
 from vlm_dagster.hashing import bucket_of
@@ -76,10 +77,12 @@ def erase_rows(
     """
     by_bucket = _by_bucket(table, user_ids)
     removal = _begin(table, user_ids, by_bucket, reason)
-    scanned: set[str] = set()
+    scanned: dict[str, frozenset[str]] = {}
     while True:
         version = table.state().version
-        waiting = [one for one in table.segments(version) if one.name not in scanned]
+        files = _files_of(table, version, by_bucket)
+        segments = table.segments(version)
+        waiting = [s for s in segments if scanned.get(s.name) != files.get(s.name, frozenset())]
         if not waiting:
             ended = _end(table, removal.id, by_bucket, scanned)
             if ended is not None:
@@ -95,12 +98,26 @@ def erase_rows(
                 continue  # others rewrote it meanwhile: look again
             if progress is not None:
                 progress(segment.name, also.num_rows)
-        scanned.add(segment.name)
+            continue  # and look at what is left
+        scanned[segment.name] = files.get(segment.name, frozenset())
 
 
 def _by_bucket(table: SealedTable, user_ids: pa.Array) -> dict[int, pa.Array]:
     buckets = bucket_of(user_ids, table.spec.num_buckets)
     return {b: user_ids.filter(pa.array(buckets == b)) for b in np.unique(buckets).tolist()}
+
+
+def _files_of(
+    table: SealedTable, version: int, by_bucket: Mapping[int, pa.Array]
+) -> dict[str, frozenset[str]]:
+    """The files of each segment at a version, in the users' buckets: a segment that was corrected
+    has its name still."""
+    found: dict[str, set[str]] = {}
+    files = table.files(version)
+    mine = files.filter(pc.is_in(files["bucket"], pa.array(sorted(by_bucket), pa.int32())))
+    for segment, path in zip(mine["segment"].to_pylist(), mine["path"].to_pylist(), strict=True):
+        found.setdefault(segment, set()).add(path)
+    return {segment: frozenset(paths) for segment, paths in found.items()}
 
 
 def _windows(table: SealedTable, segment: Segment) -> list[Window]:
@@ -220,13 +237,17 @@ class _NotYetError(Exception):
 
 
 def _end(
-    table: SealedTable, removal: str, by_bucket: Mapping[int, pa.Array], scanned: set[str]
+    table: SealedTable,
+    removal: str,
+    by_bucket: Mapping[int, pa.Array],
+    scanned: Mapping[str, frozenset[str]],
 ) -> tuple[int, Removal] | None:
     """Record that an erasure is complete, unless there are segments that it did not look at."""
     ended: list[Removal] = []
 
     def also(state: TableState) -> Sequence[Transaction]:
-        if not scanned.issuperset(one.name for one in table.segments(state.version)):
+        files = _files_of(table, state.version, by_bucket)
+        if any(scanned.get(segment) != paths for segment, paths in files.items()):
             raise _NotYetError
         last = max(state.sealed, default=None)
         through = "" if last is None else state.sealed[last].window.key

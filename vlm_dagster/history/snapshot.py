@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vlm_dagster.errors import PinError, SchemaError
+from vlm_dagster.errors import CorruptFileError, PinError, SchemaError
 from vlm_dagster.hashing import bucket_of
 from vlm_dagster.history.arena import BucketIndex, Histories
 from vlm_dagster.history.buffers import ArenaBuffers
@@ -330,7 +330,11 @@ class Snapshot:
         """What of these users' histories was sealed and has left since."""
         if not self._covered:  # where nothing is shown, nothing is missing
             return GoneRows.none(len(user_ids))
-        return self._table.gone_of(self._state.gone, user_ids)
+        try:
+            return self._table.gone_of(self._state.gone, user_ids)
+        except CorruptFileError:
+            self._table.check_kept(self.version)  # then it was collected with its version
+            raise
 
     def _events_before_watermark(self, reader: SegmentReader, user_ids: pa.Array) -> I64:
         """[U] how many of each user's events in a file lie before the watermark: the oldest ones."""

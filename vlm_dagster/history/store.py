@@ -285,6 +285,7 @@ class HistoryStore(WindowedTable):
         retired = pin.version in newest.retired
         found = ""
         dropped: PinError | None = None
+        best: Snapshot | None = None
         for version in kept_versions(self._table, newest) if retired else [pin.version]:
             state = newest if version == newest.version else self._table.state(version)
             snapshot = Snapshot(self._table, self.group, state, pin=pin)
@@ -295,7 +296,13 @@ class HistoryStore(WindowedTable):
                 except PinError as error:  # one from before that may be kept
                     dropped = dropped or error
                     continue
-                return snapshot
+                # Where windows were dropped since, one from before that may be kept and have them.
+                if best is None or snapshot.num_events > best.num_events:
+                    best = snapshot
+                if not any(one.kind == "drop" for one in state.gone.removals):
+                    break
+        if best is not None:
+            return best
         if dropped is not None:
             raise dropped
         by, at = newest.retired.by, newest.retired.at

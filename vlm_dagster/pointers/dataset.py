@@ -29,7 +29,7 @@ from vlm_dagster.sealed.duplicates import DuplicateFilter
 from vlm_dagster.sealed.incoming import Rows
 from vlm_dagster.sealed.owner import WindowedTable, check_num_buckets
 from vlm_dagster.sealed.retired import kept_versions
-from vlm_dagster.windows import Cadence, Window, WindowGrid
+from vlm_dagster.windows import Cadence, Window, WindowGrid, format_us
 
 __all__ = ["PointerDataset"]
 
@@ -162,7 +162,9 @@ class PointerDataset(WindowedTable):
         if self.spec.request == "event_id":
             # Whichever events are asked for, all of the window has to be there to find them.
             check_watermarks(snapshots, checked.end_us, f"window {checked.key}")
-        if checked.index in state.sealed:
+        if checked.index not in state.sealed:
+            _check_not_dropped(checked, snapshots)
+        else:
             _check_same_histories(
                 self.uri, state.sealed[checked.index], snapshots, self._table.storage_options
             )
@@ -307,6 +309,20 @@ class PointerDataset(WindowedTable):
             if retired
             else "Its log was altered; restore it from a copy.",
         )
+
+
+def _check_not_dropped(window: Window, snapshots: Mapping[str, Snapshot]) -> None:
+    """Of dropped windows only the number of each user's events is known, not how many of them came
+    before a request."""
+    for group, snapshot in snapshots.items():
+        drops = [one.through for one in snapshot.removals if one.kind == "drop"]
+        ends = [snapshot.grid.parse(key).end_us for key in drops]
+        if ends and window.start_us < max(ends):
+            raise WindowError(
+                window.key,
+                f"lies where the history of {group!r} was dropped by age",
+                f"Pointers can be built from {format_us(max(ends))} on.",
+            )
 
 
 def _check_same_histories(

@@ -195,6 +195,9 @@ def find_holding(
     for hold in references.holds:
         version: int | None = hold.version
         if hold.version in newest.retired:
+            if let_dropped_go and _lacks_only_dropped(newest, hold.pin):
+                moved.append(hold)
+                continue
             version = opens_at(owner, newest, hold)
         elif not lifetimes.can_open(hold.version):
             # Another writer cleaned its log away. If it is retired, it opens where it is proved.

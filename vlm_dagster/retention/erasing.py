@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from vlm_dagster.errors import PinError, SchemaError
+from vlm_dagster.errors import CorruptFileError, PinError, SchemaError, TableError
 from vlm_dagster.history.erasure import count_rows_of, erase_rows
 from vlm_dagster.retention.collect import opens_at
-from vlm_dagster.retention.proof import holds_content
+from vlm_dagster.retention.proof import dropped_since, holds_content
 from vlm_dagster.retention.purge import purge
 from vlm_dagster.retention.references import Hold, find_references
+from vlm_dagster.sealed.reader import SegmentReader
 from vlm_dagster.sealed.retired import retire
 from vlm_dagster.sealed.table import SealedTable
 
@@ -41,7 +43,8 @@ class ErasureReport:
         num_rows: that left, in this call and in earlier ones that were cut short.
         segments: names of those that were rewritten by this call.
         num_files_deleted, num_bytes_deleted: what is off the disk since.
-        lost: pins of windows that were corrected since, which cannot be opened afterwards.
+        lost: pins of windows that were corrected or dropped since, which cannot be opened
+            afterwards, or lack these.
     """
 
     uri: str
@@ -61,7 +64,7 @@ def erase(
     user_ids: Sequence[Any] | pa.Array,
     *,
     reason: str,
-    retire_corrected: bool = False,
+    break_pins: bool = False,
     dry_run: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> ErasureReport:
@@ -85,15 +88,16 @@ def erase(
             lost=lost,
             dry_run=True,
         )
-    if lost and not retire_corrected:
+    if lost and not break_pins:
         more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
         raise PinError(
             table.uri,
             pinned=f"{lost[0]} at version {lost[0].version}{more}",
-            found="windows that were corrected since",
+            found="windows that were corrected or dropped since",
             way_out="Only the version that is pinned has that content, and an erasure retires every "
-            "earlier version: build these pointers anew, unpin, or erase with retire_corrected=True "
-            "(--retire-corrected), after which such pins cannot be opened. Nothing was changed.",
+            "earlier version: build these pointers anew, unpin, or erase with break_pins=True "
+            "(--break-pins), after which such pins cannot be opened, or lack what was dropped. "
+            "Nothing was changed.",
         )
     rewritten: list[str] = []
 
@@ -104,8 +108,7 @@ def erase(
 
     version, removal = erase_rows(table, users, reason, note)
     retire(table, version, [], "erasure")
-    # No grace: a file put in place again lately would hold what must not come back.
-    purged = purge(table, grace_s=0)
+    purged = purge(table, at_once=lambda path: _may_hold(table, path, users))
     return ErasureReport(
         uri=table.uri,
         id=removal.id,
@@ -121,15 +124,31 @@ def erase(
 
 
 def _lost(owner: WindowedTable) -> tuple[Hold, ...]:
-    """What pins content that no later version has, so that no pin can be moved forward."""
-    newest = owner.sealed_table.state()
-    return tuple(
-        hold
-        for hold in find_references(owner).holds
-        if not holds_content(newest, hold.pin)
-        # Of pins that moved forward, those that open a version from before a correction.
-        and (hold.version not in newest.retired or opens_at(owner, newest, hold) is not None)
-    )
+    """What pins content that only an earlier version has: windows corrected or dropped since."""
+    table = owner.sealed_table
+    newest = table.state()
+
+    def breaks(hold: Hold) -> bool:
+        version: int | None = hold.version
+        if hold.version in newest.retired:  # it moved, or opens one from before a correction
+            version = opens_at(owner, newest, hold)
+        if version is None or version == newest.version:
+            return False
+        return not holds_content(newest, hold.pin) or dropped_since(
+            newest, hold.pin, table.state(version)
+        )
+
+    return tuple(hold for hold in find_references(owner).holds if breaks(hold))
+
+
+def _may_hold(table: SealedTable, path: str, users: pa.Array) -> bool:
+    """Whether a file may hold rows of some users: then nothing spares it. Any other one that was put in
+    place again lately may be about to be committed."""
+    try:
+        found = SegmentReader(table.storage, path).users.user_ids
+    except (CorruptFileError, TableError):
+        return True
+    return bool(pc.any(pc.is_in(found, value_set=users)).as_py())
 
 
 def _distinct(table: SealedTable, user_ids: Sequence[Any] | pa.Array) -> pa.Array:

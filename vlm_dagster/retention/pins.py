@@ -100,6 +100,7 @@ def pin_version(
             ["segment", "bucket"],
             commit_properties=CommitProperties(
                 app_transactions=[Transaction(HOLDS_ID, transactions.get(HOLDS_ID, 0) + 1)],
+                max_commit_retries=0,
                 custom_metadata={"vlm.pin": f"{name} of version {version}"},
             ),
         )

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from vlm_dagster.history import SnapshotRef
     from vlm_dagster.pointers import PointerRef
 
-__all__ = ["holds_content", "holds_rows"]
+__all__ = ["dropped_since", "holds_content", "holds_rows"]
 
 
 def holds_content(state: TableState, pin: SnapshotRef | PointerRef) -> bool:
@@ -30,6 +30,19 @@ def holds_rows(state: TableState, pin: SnapshotRef | PointerRef, pinned: TableSt
     windows = _windows(pinned, pin) or []
     indices = [sealed.window.index for sealed in windows]
     return all(state.left(index) == pinned.left(index) for index in indices)
+
+
+def dropped_since(state: TableState, pin: SnapshotRef | PointerRef, pinned: TableState) -> bool:
+    """Whether rows of the windows that a pin names, which the pinned version has, were dropped by age
+    by a later version."""
+    drops = [one.through for one in state.gone.removals if one.kind == "drop"]
+    last = max((state.grid.parse(key).index for key in drops), default=-1)
+    indices = (sealed.window.index for sealed in _windows(pinned, pin) or [])
+    return any(
+        pinned.left(index).num_rows > state.left(index).num_rows
+        for index in indices
+        if index <= last
+    )
 
 
 def _windows(state: TableState, pin: SnapshotRef | PointerRef) -> list[SealedWindow] | None:

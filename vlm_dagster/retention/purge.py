@@ -59,6 +59,7 @@ def purge(
     *,
     dry_run: bool = False,
     grace_s: float = DEFAULT_GRACE_S,
+    at_once: Callable[[str], bool] = lambda path: False,
     progress: Callable[[FileInfo], None] | None = None,
 ) -> PurgeReport:
     """Delete every data file and sidecar that only retired versions name.
@@ -68,6 +69,7 @@ def purge(
 
     Args:
         grace_s: how long a file is spared that was put in place after it was last removed.
+        at_once: tells of which of these files, by path, are not spared all the same.
         progress: called with every file when it is deleted.
 
     Raises:
@@ -76,18 +78,25 @@ def purge(
     """
     lifetimes = Lifetimes(table)
     retired = table.state(lifetimes.newest).retired
-    files, num_spared = collectable(table, lifetimes, retired, grace_s=grace_s)
+    spared = _Spared(lifetimes, grace_s, at_once)
+    files, num_spared = collectable(table, lifetimes, retired, spared=spared)
     if not dry_run:
-        files = _delete(table, lifetimes, Kept(retired), files, grace_s, progress)
+        files = _delete(table, lifetimes, Kept(retired), files, spared, progress)
     return PurgeReport(lifetimes.newest, tuple(files), num_spared, dry_run)
 
 
 def collectable(
-    table: SealedTable, lifetimes: Lifetimes, retired: Retired, *, grace_s: float
+    table: SealedTable,
+    lifetimes: Lifetimes,
+    retired: Retired,
+    *,
+    grace_s: float = DEFAULT_GRACE_S,
+    spared: _Spared | None = None,
 ) -> tuple[list[FileInfo], int]:
     """The files that are there and that no kept version needs, in the order in which to delete them;
     and how many more of them are spared because they are young."""
     kept = Kept(retired)
+    spared = spared or _Spared(lifetimes, grace_s)
     found: list[FileInfo] = []
     num_spared = 0
     for info in table.storage.list():
@@ -96,7 +105,7 @@ def collectable(
         spans = lifetimes.of(info.path)
         if not spans or kept.meet(spans):
             continue
-        if _came_back(info, lifetimes, grace_s):
+        if spared(info):
             num_spared += 1
         else:
             found.append(info)
@@ -104,10 +113,23 @@ def collectable(
     return [*found, *_sidecars(table, lifetimes, kept)], num_spared
 
 
-def _came_back(info: FileInfo, lifetimes: Lifetimes, grace_s: float) -> bool:
-    """Whether a file was put in place again after the last commit that removed it."""
-    removed_s = lifetimes.removed_s.get(info.path, 0.0)
-    return info.modified_s > removed_s and info.modified_s > time.time() - grace_s
+class _Spared:
+    """Tells of a file whether it was put in place again after the last commit that removed it, lately."""
+
+    def __init__(
+        self,
+        lifetimes: Lifetimes,
+        grace_s: float,
+        at_once: Callable[[str], bool] = lambda path: False,
+    ) -> None:
+        self._lifetimes = lifetimes
+        self._grace_s = grace_s
+        self._at_once = at_once
+
+    def __call__(self, info: FileInfo) -> bool:
+        removed_s = self._lifetimes.removed_s.get(info.path, 0.0)
+        came_back = info.modified_s > max(removed_s, time.time() - self._grace_s)
+        return came_back and not self._at_once(info.path)
 
 
 def _sidecars(table: SealedTable, lifetimes: Lifetimes, kept: Kept) -> list[FileInfo]:
@@ -142,7 +164,7 @@ def _delete(
     lifetimes: Lifetimes,
     kept: Kept,
     files: Iterable[FileInfo],
-    grace_s: float,
+    spared: _Spared,
     progress: Callable[[FileInfo], None] | None,
 ) -> list[FileInfo]:
     done: list[FileInfo] = []
@@ -159,7 +181,7 @@ def _delete(
             dead = {
                 path
                 for path, info in now.items()
-                if not kept.meet(lifetimes.of(path)) and not _came_back(info, lifetimes, grace_s)
+                if not kept.meet(lifetimes.of(path)) and not spared(info)
             }
         for info in wanted:
             if info.path not in now or info.path not in dead:

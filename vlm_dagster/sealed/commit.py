@@ -156,6 +156,8 @@ def _commit_once(
         ["segment", "bucket"],
         commit_properties=CommitProperties(
             app_transactions=locks,
+            # Delta would put it on top of any commit that shares no lock with it, an erasure too.
+            max_commit_retries=0,
             custom_metadata={
                 "vlm.window": window.key,
                 "vlm.digest": staged.digest,

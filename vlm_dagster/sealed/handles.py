@@ -36,13 +36,20 @@ class NewestHandle:
     Args:
         open_newest: opens a handle of the table, or raises that there is none.
         first: one that is open already.
+        on_replaced: called when the log turns out not to go on from the handle that was kept: what
+            was read of it may be wrong.
     """
 
     def __init__(
-        self, storage: Storage, open_newest: Callable[[], DeltaTable], first: DeltaTable | None
+        self,
+        storage: Storage,
+        open_newest: Callable[[], DeltaTable],
+        first: DeltaTable | None,
+        on_replaced: Callable[[], None] = lambda: None,
     ) -> None:
         self._storage = storage
         self._open = open_newest
+        self._on_replaced = on_replaced
         self._kept: _Kept | None = None
         self._lock = threading.Lock()
         if first is not None:
@@ -63,10 +70,14 @@ class NewestHandle:
         try:
             # The log may have been cleaned, or replaced by another table's: it begins anew then.
             if self._storage.read_bytes(_path(kept.version)) != kept.commit:
+                self._on_replaced()
                 return False
             table_id = kept.handle.metadata().id
             kept.handle.update_incremental()
             return bool(kept.handle.metadata().id == table_id)
+        except FileNotFoundError:
+            self._on_replaced()
+            return False
         except (DeltaError, OSError):
             return False
 

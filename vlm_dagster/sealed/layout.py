@@ -21,9 +21,10 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.transaction import AddAction, RemoveAction
 
-from vlm_dagster.errors import CorruptFileError
+from vlm_dagster.errors import CorruptFileError, TableError
 from vlm_dagster.sealed.attempts import attempted
 from vlm_dagster.sealed.log import LAYOUT_ID, TableState
+from vlm_dagster.sealed.segments import find_segments
 from vlm_dagster.sealed.table import SealedTable
 from vlm_dagster.sealed.writer import StagedFile
 
@@ -109,8 +110,17 @@ def _attempted(
 ) -> int | None:
     """One try. CommitFailedError if somebody else committed since the handle's version."""
     version = int(handle.version())
-    live = set(pa.table(handle.get_add_actions(flatten=True))["path"].to_pylist())
-    if not live.issuperset(file.path for file in staged.replaced):
+    actions = pa.table(handle.get_add_actions(flatten=True))
+    live = dict(zip(*(actions[n].to_pylist() for n in ("path", "partition.segment")), strict=True))
+    if not live.keys() >= {file.path for file in staged.replaced}:
+        return None
+    for file in staged.replaced:
+        live.pop(file.path, None)
+    try:
+        # Windows without rows have no files to tell by: two rewrites may still want other segments.
+        names = {*live.values(), *(one.segment for one in staged.added)}
+        find_segments(table.uri, names, table.state_of(handle))
+    except TableError:
         return None
     _check_in_place(table, staged)
     number = table.log.transactions(version).get(LAYOUT_ID, 0) + 1
@@ -161,6 +171,7 @@ def _commit_once(
         ["segment", "bucket"],
         commit_properties=CommitProperties(
             app_transactions=[Transaction(LAYOUT_ID, number), *also],
+            max_commit_retries=0,  # what was decided was decided at this very version
             custom_metadata={f"vlm.{staged.what}": staged.where, **metadata},
         ),
     )

@@ -199,6 +199,14 @@ class LogReader:
         self._retired: dict[int, Retired] = {}
         self._lock = threading.Lock()
 
+    def forget(self) -> None:
+        """Everything that was read: the log is not the one that it was."""
+        with self._lock:
+            self._known = (-1, {})
+            self._commits.clear()
+            self._gone.clear()
+            self._retired.clear()
+
     def transactions(self, version: int) -> dict[str, int]:
         """Application id -> version, as of a table version.
 

@@ -96,7 +96,7 @@ class WindowedTable:
         user_ids: Sequence[Any] | pa.Array,
         *,
         reason: str,
-        retire_corrected: bool = False,
+        break_pins: bool = False,
         dry_run: bool = False,
         progress: Callable[[str, int], None] | None = None,
     ) -> ErasureReport:
@@ -111,14 +111,14 @@ class WindowedTable:
         Args:
             user_ids: the users; some may be unknown.
             reason: kept in the audit record, so name no user in it.
-            retire_corrected: go on although something pins windows that were corrected since:
+            break_pins: go on although something pins windows that were corrected since:
                 only the version it pins has these, and it is retired.
             dry_run: only count.
             progress: called with the name of every segment rewritten, and the rows that left it.
 
         Raises:
             SchemaError: no user, or no reason, is given, or the ids are of another type.
-            PinError: something pins corrected windows, and `retire_corrected` is not set.
+            PinError: something pins corrected windows, and `break_pins` is not set.
             CorruptFileError, StorageError: nothing half-done can be seen; call it again.
         """
         from vlm_dagster.retention.erasing import erase
@@ -127,7 +127,7 @@ class WindowedTable:
             self,
             user_ids,
             reason=reason,
-            retire_corrected=retire_corrected,
+            break_pins=break_pins,
             dry_run=dry_run,
             progress=progress,
         )

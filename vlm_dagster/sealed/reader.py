@@ -14,12 +14,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm_dagster.errors import CorruptFileError, SchemaError, TableError
+from vlm_dagster.errors import CorruptFileError, SchemaError, StorageError, TableError
 from vlm_dagster.hashing import Digest
 from vlm_dagster.sealed.stats import ReadStats
 from vlm_dagster.sealed.stripes import Stripes
 from vlm_dagster.sealed.users import decode_users
-from vlm_dagster.sealed.writer import FILE_FORMAT, HEADER_KEY, USERS_KEY
+from vlm_dagster.sealed.writer import FILE_FORMAT, HEADER_KEY, USERS_KEY, header_crc32
 from vlm_dagster.storage import Storage
 
 __all__ = ["NoIndexError", "OnMissing", "Piece", "SegmentReader"]
@@ -93,7 +93,7 @@ class SegmentReader:
         except FileNotFoundError:
             raise self._missing() from None
         except (pa.ArrowInvalid, OSError, ValueError) as error:
-            raise self._corrupt(f"cannot be read as Parquet ({error})") from error
+            raise self._unreadable("cannot be read as Parquet", error) from error
         pairs = self._metadata.metadata or {}
         if HEADER_KEY not in pairs or USERS_KEY not in pairs:
             raise NoIndexError(
@@ -113,7 +113,8 @@ class SegmentReader:
         # Parquet checksums pages, but not its footer.
         if zlib.crc32(pairs[USERS_KEY]) != self.header["index_crc32"]:
             raise self._corrupt("has a damaged index of its users")
-        self.users = decode_users(pairs[USERS_KEY], Stripes.of(self._edges()))
+        stripes = self._stripes()
+        self.users = decode_users(pairs[USERS_KEY], stripes)
         groups = range(self._metadata.num_row_groups)
         self._sizes = np.array([self._metadata.row_group(i).num_rows for i in groups], np.int64)
         self._group_ends = np.cumsum(self._sizes)
@@ -126,6 +127,9 @@ class SegmentReader:
     def _read_header(self, raw: bytes) -> dict[str, Any]:
         try:
             header: dict[str, Any] = json.loads(raw)
+            # The bands decide where rows are looked for: one digit that is wrong, and others are read.
+            if header["format"] <= FILE_FORMAT and header.pop("crc32") != header_crc32(header):
+                raise self._corrupt("has a damaged header")
             if header["format"] >= 2:
                 header["digests"] = {k: Digest.parse(v) for k, v in header["digests"].items()}
             int(header["format"]), int(header["index_crc32"])
@@ -133,11 +137,11 @@ class SegmentReader:
             raise self._corrupt(f"has a damaged header ({error!r})") from None
         return header
 
-    def _edges(self) -> list[int]:
+    def _stripes(self) -> Stripes:
         """Striped files without an edge still have their users in order of activity."""
         try:
             edges = list(self.header["bands"])
-            return edges or ([2**62] if self.header["striped"] else [])
+            return Stripes.of(edges or ([2**62] if self.header["striped"] else []))
         except (KeyError, TypeError, SchemaError) as error:
             raise self._corrupt(f"has a damaged header ({error!r})") from None
 
@@ -161,6 +165,14 @@ class SegmentReader:
         if self._on_missing is not None:
             self._on_missing(self.path, self._version)
         return self._corrupt("is missing")
+
+    def _unreadable(self, problem: str, error: Exception) -> Exception:
+        """Damage, unless it is storage that refused: then the file may be as good as ever."""
+        if isinstance(error, StorageError):
+            return error
+        if isinstance(error, OSError) and error.errno is not None:
+            return StorageError(self._storage.uri, f"reading {self.path}", error, writing=False)
+        return self._corrupt(f"{problem} ({error})")
 
     def _corrupt(self, problem: str) -> CorruptFileError:
         return CorruptFileError(
@@ -247,7 +259,7 @@ class SegmentReader:
         except FileNotFoundError:
             raise self._missing() from None
         except OSError as error:
-            raise self._corrupt(f"cannot be read ({error})") from error
+            raise self._unreadable("cannot be read", error) from error
 
     def _open_groups(self, columns: Sequence[str], groups: Sequence[int]) -> Any:
         if not self._storage.fetches:
@@ -299,7 +311,7 @@ class SegmentReader:
         except FileNotFoundError:
             raise self._missing() from None
         except (pa.ArrowInvalid, OSError, ValueError) as error:
-            raise self._corrupt(f"cannot be read ({error})") from error
+            raise self._unreadable("cannot be read", error) from error
         self._prove(columns, groups)
 
     def read_groups(self, columns: Sequence[str], groups: list[int] | None = None) -> pa.Table:

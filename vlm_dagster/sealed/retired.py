@@ -128,6 +128,7 @@ def retire(
                         *naming(RETIRED_ID, number, path),
                         Transaction(HOLDS_ID, transactions.get(HOLDS_ID, 0) + 1),
                     ],
+                    max_commit_retries=0,
                     custom_metadata={"vlm.retired": f"below {found.below}", "vlm.by": by},
                 ),
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
@@ -28,7 +28,8 @@ class Spool(Generic[K]):
         self._limit = limit
         self._held: dict[K, list[pa.RecordBatch]] = {}
         self._num_held = 0
-        self._spilled: dict[K, tuple[Path, pa.ipc.RecordBatchStreamWriter]] = {}
+        # With the file itself: a writer closes no sink that it opened by itself.
+        self._spilled: dict[K, tuple[Path, Any, pa.ipc.RecordBatchStreamWriter]] = {}
 
     def keys(self) -> set[K]:
         return {*self._held, *self._spilled}
@@ -43,16 +44,18 @@ class Spool(Generic[K]):
         for key, batches in self._held.items():
             if key not in self._spilled:
                 path = self._scratch / f"{self._name}.{len(self._spilled)}.arrow"
-                self._spilled[key] = (path, pa.ipc.new_stream(str(path), self._schema))
+                sink = pa.OSFile(str(path), "wb")
+                self._spilled[key] = (path, sink, pa.ipc.new_stream(sink, self._schema))
             for batch in batches:
-                self._spilled[key][1].write_batch(batch)
+                self._spilled[key][2].write_batch(batch)
         self._held, self._num_held = {}, 0
 
     def take(self, key: K) -> Iterator[pa.RecordBatch]:
         """The batches of a key, which are forgotten then. Nothing may be added any more."""
         if key in self._spilled:
-            path, writer = self._spilled.pop(key)
-            writer.close()
+            path, sink, writer = self._spilled.pop(key)
+            with sink:
+                writer.close()
             with pa.memory_map(str(path)) as source:
                 yield from pa.ipc.open_stream(source)
             path.unlink()
@@ -60,7 +63,8 @@ class Spool(Generic[K]):
 
     def close(self) -> None:
         """Let go of everything that was not taken."""
-        for path, writer in self._spilled.values():
-            writer.close()
+        for path, sink, writer in self._spilled.values():
+            with sink:
+                writer.close()
             path.unlink(missing_ok=True)
         self._spilled, self._held = {}, {}

@@ -61,7 +61,7 @@ class SealedTable:
         self.table_id = str(handle.metadata().id)
         self.storage = open_storage(uri, storage_options)
         self.storage_options = plain(storage_options)
-        self.newest = NewestHandle(self.storage, self.handle, handle)
+        self.newest = NewestHandle(self.storage, self.handle, handle, self._forget)
         self.log = LogReader(self.storage)
         self.versions = Versions(uri, spec, self.log, self.state)
         self.stats = ReadStats()
@@ -70,6 +70,12 @@ class SealedTable:
         self._files = lru_cache(maxsize=4)(self._load_files)
         self._checked = lru_cache(maxsize=4)(self._check_files)
         self._gone_users = lru_cache(maxsize=64)(lambda path: GoneUsers.read(self.storage, path))
+
+    def _forget(self) -> None:
+        """What was read of a log that somebody has cut and continued otherwise."""
+        self.log.forget()
+        self._files.cache_clear()
+        self._checked.cache_clear()
 
     # -- opening ------------------------------------------------------------------------------
 
@@ -120,8 +126,7 @@ class SealedTable:
         if isinstance(version, int) and version >= 0:
             # The log says it all, unless the version is gone: then Delta says so in full.
             with contextlib.suppress(FileNotFoundError):
-                found = self.log.state(version, self.spec.grid, self.spec.start_index)
-                return replace(found, load_gone=lambda: self._ledger_of(found))
+                return self._state_at(version)
         if version is None:
             with self.newest.lent() as handle:
                 return self.state_of(handle)
@@ -136,7 +141,11 @@ class SealedTable:
 
     def state_of(self, handle: DeltaTable) -> TableState:
         """What is sealed at the version of a handle."""
-        return self.log.state(int(handle.version()), self.spec.grid, self.spec.start_index)
+        return self._state_at(int(handle.version()))
+
+    def _state_at(self, version: int) -> TableState:
+        found = self.log.state(version, self.spec.grid, self.spec.start_index)
+        return replace(found, load_gone=lambda: self._ledger_of(found))
 
     def check_kept(self, version: int) -> None:
         """RetiredVersionError if a version is not kept any more, so that its files may be gone."""

@@ -37,7 +37,15 @@ from vlm_dagster.sealed.spool import Spool
 from vlm_dagster.sealed.stripes import Stripes
 from vlm_dagster.sealed.users import Extreme, encode_users
 
-__all__ = ["FILE_FORMAT", "HEADER_KEY", "USERS_KEY", "SegmentWriter", "StagedFile", "sha256_of"]
+__all__ = [
+    "FILE_FORMAT",
+    "HEADER_KEY",
+    "USERS_KEY",
+    "SegmentWriter",
+    "StagedFile",
+    "header_crc32",
+    "sha256_of",
+]
 
 I64 = npt.NDArray[np.int64]
 
@@ -65,6 +73,11 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a local file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def header_crc32(header: Mapping[str, Any]) -> int:
+    """Of all that a header says, as JSON with sorted keys."""
+    return zlib.crc32(json.dumps(header, sort_keys=True).encode())
 
 
 class SegmentWriter:
@@ -258,6 +271,7 @@ class SegmentWriter:
             "striped": bool(self._stripes.edges),
             "digests": {key: str(digest) for key, digest in sorted(self.digests.items())},
         }
+        header["crc32"] = header_crc32(header)
         self._writer.add_key_value_metadata(
             {
                 HEADER_KEY: json.dumps(header, sort_keys=True).encode(),
@@ -265,23 +279,20 @@ class SegmentWriter:
             }
         )
         self._writer.close()
-        return self._stats(users.column("user_id"))
+        return self._stats()
 
     def abandon(self) -> None:
         """Close the handle of a file that will be thrown away."""
         self._spool.close()
         self._writer.close()
 
-    def _stats(self, users: pa.Array) -> str:
+    def _stats(self) -> str:
         assert self._time_range is not None  # a file is never empty
         # Delta keeps statistics of times in whole milliseconds: round outwards.
         low: dict[str, object] = {self._time: _iso_ms(self._time_range[0] // 1000)}
         high: dict[str, object] = {self._time: _iso_ms(-(-self._time_range[1] // 1000))}
-        low["user_id"], high["user_id"] = users[0].as_py(), users[-1].as_py()
-        if any(
-            isinstance(value, str) and len(value) > 64 for value in (*low.values(), *high.values())
-        ):
-            del low["user_id"], high["user_id"]
+        # No user's id: the log is kept for ever, and erased users must not stand in it. Files are
+        # pruned by bucket.
         nulls = dict.fromkeys(self._schema.names, 0)
         return json.dumps(
             {"numRecords": self.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls}
