@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,7 +15,8 @@ __all__ = ["attempted"]
 
 T = TypeVar("T")
 
-_MAX_TRIES = 50
+# With a hundred sealers at once, somebody may lose as often.
+_MAX_TRIES = 300
 
 
 def attempted(uri: str, doing: str, attempt: Callable[[], T]) -> T:
@@ -32,7 +34,7 @@ def attempted(uri: str, doing: str, attempt: Callable[[], T]) -> T:
             return attempt()
         except CommitFailedError as error:
             problem = error
-            time.sleep(min(0.002 * 2**number, 0.25))
+            time.sleep(min(0.002 * 2 ** min(number, 10), 0.25) * random.uniform(0.5, 1.5))
         except StorageError:
             raise
         except (DeltaError, OSError) as error:
