@@ -29,6 +29,7 @@ ONE_OF_EACH = [
     ),
     errors.TableError("/t", "there is no Delta table here", "Check the address."),
     errors.PinError("history /t", pinned="a", found="b", way_out="Restore it."),
+    errors.DroppedError("history /t", pinned="a", found="b", way_out="Train on later examples."),
     errors.CorruptFileError(
         table="/t", path="segment=a/b.parquet", version=3, problem="is missing"
     ),

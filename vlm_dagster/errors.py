@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "ChecksumError",
     "CorruptFileError",
+    "DroppedError",
     "GoneError",
     "InvalidEventsError",
     "InvalidRequestsError",
@@ -167,6 +168,10 @@ class PinError(VlmError):
         super().__init__(f"{what}: pinned {pinned}, found {found}. {way_out}")
         self.pinned = pinned
         self.found = found
+
+
+class DroppedError(PinError):
+    """All that a pin shows has been dropped by age, and no version that is kept has it any more."""
 
 
 class CorruptFileError(VlmError):

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_dagster.encodings import portable_encodings
 from vlm_dagster.engines import Engine
-from vlm_dagster.errors import PinError, SchemaError
+from vlm_dagster.errors import DroppedError, PinError, SchemaError
 from vlm_dagster.history.compaction import CompactionReport, Merge, compact
 from vlm_dagster.history.correction import check_correctable, commit_correction
 from vlm_dagster.history.dropping import DropReport, drop_before
@@ -338,7 +338,7 @@ def _check_not_dropped(snapshot: Snapshot, pin: SnapshotRef, state: TableState) 
         return
     last = max(snapshot.grid.parse(key) for key in dropped)
     if pin.watermark_us is None or last.end_us > pin.watermark_us:
-        raise PinError(
+        raise DroppedError(
             f"history table {snapshot.uri} at version {pin.version}",
             pinned=f"what is complete up to {snapshot.watermark}",
             found=f"windows through {last.key} dropped",

@@ -75,9 +75,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def header_crc32(header: Mapping[str, Any]) -> int:
-    """Of all that a header says, as JSON with sorted keys."""
-    return zlib.crc32(json.dumps(header, sort_keys=True).encode())
+def header_crc32(header: Mapping[str, Any]) -> str:
+    """Of all that a header says, as JSON with sorted keys: 8 hex digits."""
+    return f"{zlib.crc32(json.dumps(header, sort_keys=True).encode()):08x}"
 
 
 class SegmentWriter:
@@ -114,12 +114,10 @@ class SegmentWriter:
     ) -> None:
         self._schema = schema
         self._header = header
-        self._time = sort_columns[1]
         self._extremes = extremes
         self._stripes = stripes
         self._digests_of = digests or (lambda rows: {header["segment"]: digest_rows(rows)})
         self._users: list[pa.RecordBatch] = []
-        self._time_range: tuple[int, int] | None = None
         self._only: tuple[pa.RecordBatch, I64] | None = None
         self.num_rows = 0
         self.digests: dict[str, Digest] = {}
@@ -151,9 +149,6 @@ class SegmentWriter:
         for extreme in self._extremes:
             columns[extreme.name] = pa.array(extreme.of(rows, np.cumsum(counts) - counts))
         self._users.append(pa.record_batch(columns))
-        extremes = pc.min_max(rows.column(self._time).cast(pa.int64())).as_py()
-        low, high = self._time_range or (extremes["min"], extremes["max"])
-        self._time_range = (min(low, extremes["min"]), max(high, extremes["max"]))
         if len(self._users) == 1:
             self._only = (rows, counts)
             return
@@ -287,16 +282,11 @@ class SegmentWriter:
         self._writer.close()
 
     def _stats(self) -> str:
-        assert self._time_range is not None  # a file is never empty
-        # Delta keeps statistics of times in whole milliseconds: round outwards.
-        low: dict[str, object] = {self._time: _iso_ms(self._time_range[0] // 1000)}
-        high: dict[str, object] = {self._time: _iso_ms(-(-self._time_range[1] // 1000))}
-        # No user's id: the log is kept for ever, and erased users must not stand in it. Files are
-        # pruned by bucket.
+        # No least and greatest values. Those of users would name them in the log, which is kept for
+        # ever; and where only some columns have them, pyarrow's datasets, as deltalake makes them,
+        # compare all others with null and find nothing. Files are pruned by bucket and segment.
         nulls = dict.fromkeys(self._schema.names, 0)
-        return json.dumps(
-            {"numRecords": self.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls}
-        )
+        return json.dumps({"numRecords": self.num_rows, "nullCount": nulls})
 
 
 def _ranges(rows: pa.RecordBatch, starts: I64, sizes: I64) -> pa.Table:
@@ -305,8 +295,3 @@ def _ranges(rows: pa.RecordBatch, starts: I64, sizes: I64) -> pa.Table:
         return pa.Table.from_batches([rows.slice(int(starts[0]), int(sizes.sum()))])
     columns = [gather(column, starts, sizes) for column in rows.columns]
     return pa.Table.from_arrays(columns, schema=rows.schema)
-
-
-def _iso_ms(time_ms: int) -> str:
-    text = str(np.datetime64(time_ms, "ms"))
-    return f"{text}Z"
