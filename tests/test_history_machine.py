@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from deltalake import DeltaTable
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ from reference import checksum
 from strategies import DAY_US, FIRST_DAY, at, day, event_table, few, group_of
 
 from vlm_dagster import HistoryStore, PointerDataset, Projection, SequenceLoader, SnapshotRef
-from vlm_dagster.errors import InvalidEventsError, PinError, WindowSealedError
+from vlm_dagster.errors import InvalidEventsError, PinError, WindowError, WindowSealedError
 from vlm_dagster.retention import gc
 
 NUM_DAYS = 7
@@ -294,6 +295,11 @@ class HistoryMachine(RuleBasedStateMachine):
                 "event_id": pa.array([e for _, e in wanted], pa.int64()),
             }
         )
+        if number <= self.model.dropped_through:
+            # How many of the dropped events came before a request, nobody knows any more.
+            with pytest.raises(WindowError, match="dropped by age"):
+                self.dataset.seal(day(number), table, {"ratings": pinned.ref.open()})
+            return
         self.dataset.seal(day(number), table, {"ratings": pinned.ref.open()})
         sequences = {}
         for user, event in wanted:
