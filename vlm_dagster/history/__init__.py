@@ -3,6 +3,7 @@
 events -> validate.py -> (by bucket, sorted) -> duplicates.py -> sealed files -> store.py
 snapshot.py: a table at one version   arena.py: users' histories in memory
 filling.py: how they get there   buffers.py: the memory, used again
+rewrite.py: rows written anew, for compaction.py, erasure.py and correction.py   dropping.py: by age
 """
 
 from vlm_dagster.history.arena import Histories

@@ -1,6 +1,7 @@
 """The loader: from pointers to batches of rebuilt sequences, just before the model needs them.
 
     pins.py         which snapshots the pointers are resolved in
+    readable.py     which examples can still be rebuilt, where events are gone
     plan.py         which users' examples are read together, in which order, by which rank
     materialize.py  one unit: read pointers and histories once, check them, know every range
     forming.py      the examples at some places of a chunk, as a batch
@@ -8,7 +9,7 @@
     graph.py        the torchdata graph: plan -> read in parallel -> cut into batches -> prefetch
     loader.py       SequenceLoader, which owns the epochs and the position within one
 
-The first three need Arrow and numpy only, so importing this package does not import torch.
+The first four need Arrow and numpy only, so importing this package does not import torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -8,7 +8,7 @@ touch each other.
 
 Compaction keeps all rows. Erasing and dropping remove some, and the same commit says so in the ledger
 (gone.py); a correction carries the new revision of its window. Delta is not told that data changed:
-the tables are append-only to everybody else, and stay so (docs/decisions/0014).
+the tables are append-only to everybody else, and stay so (docs/decisions/0015).
 """
 
 from __future__ import annotations

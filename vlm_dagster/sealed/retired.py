@@ -1,7 +1,7 @@
 """Versions that are no longer kept: their files may be gone, and pins to them open a later version.
 
 What a retired version held is not lost, as long as a later one holds the same content: a pin says which
-content that is, and is moved forward when it is opened, after proof (`Pinned.open`). A version is
+content that is, and is moved forward when it is opened, after proof (`HistoryStore.pinned`). A version is
 retired by a transaction before its first file is deleted, so a reader never takes a collected version
 for a damaged one.
 """

@@ -1,10 +1,10 @@
 """Writing a segment file: Parquet in stripes, with an index of its users in the footer.
 
-Rows lie in bands (stripes.py), no row group spans two of them; one codec, encodings by kind of trait
+Rows lie in bands (stripes.py), no row group spans two of them; encodings and codecs by kind of trait
 (encodings.py). Two entries of the footer's key-value metadata are ours:
 
 - `vlm.segment`: JSON; the format's version, the segment, its bucket, the bands, the digest of this
-  file's rows in each window.
+  file's rows in each window, checksums of the index and of itself.
 - `vlm.users`: the distinct users in order, how many rows each has, and what else the table's owner
   keeps about each: base64 of a zstd-compressed Arrow IPC stream (base64, because other readers insist
   on UTF-8 there).
