@@ -17,6 +17,7 @@ __all__ = [
     "GoneError",
     "InvalidEventsError",
     "InvalidRequestsError",
+    "LoaderError",
     "PinError",
     "RetiredVersionError",
     "SchemaError",
@@ -249,6 +250,13 @@ class StorageError(VlmError, OSError):
         )
         super().__init__(f"{uri}: storage failed while {doing}: {detail}. {way_out}")
         self.uri = uri
+
+
+class LoaderError(VlmError):
+    """A loader cannot go on, for a reason that lies neither in its data nor in its options."""
+
+    def __init__(self, problem: str, way_out: str) -> None:
+        super().__init__(f"loader: {problem}. {way_out}")
 
 
 class CheckpointError(VlmError):

@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch.utils.data import IterableDataset
 
-from vlm_dagster.errors import PinError, SchemaError
-from vlm_dagster.history import ArenaBuffers, SnapshotRef
+from vlm_dagster.errors import LoaderError, SchemaError
+from vlm_dagster.history import ArenaBuffers, Snapshot, SnapshotRef
 from vlm_dagster.loaders import graph
 from vlm_dagster.loaders.batch import Batch
-from vlm_dagster.loaders.forming import BatchFormer, UnitsInMemory
-from vlm_dagster.loaders.materialize import UnitData, materialize
+from vlm_dagster.loaders.forming import BatchFormer
+from vlm_dagster.loaders.options import (
+    Balance,
+    Form,
+    OrderOf,
+    OrderOptions,
+    Uneven,
+    check_choice,
+    check_int,
+)
 from vlm_dagster.loaders.pins import open_histories, tensor_columns
-from vlm_dagster.loaders.plan import Chunk, Unit, make_plan
+from vlm_dagster.loaders.plan import Pool, make_plan
+from vlm_dagster.loaders.ranks import rank_of_process, worker_of_process
+from vlm_dagster.loaders.reading import Dropped, EpochReader, Verify
+from vlm_dagster.loaders.report import Meter
+from vlm_dagster.loaders.schedule import Pieces, Schedule, by_count, make_schedule
+from vlm_dagster.loaders.sources import DirectSource, UnitSource
+from vlm_dagster.loaders.state import LoaderFacts, Position
+from vlm_dagster.loaders.steps import Share
 from vlm_dagster.pointers import PointerRef, PointerSnapshot
 from vlm_dagster.schema import Projection
 
 __all__ = ["SequenceLoader"]
 
-I64 = npt.NDArray[np.int64]
-
-STATE_VERSION = 1
+_EXAMPLE_KEYS = ("user_id", "request_id", "request_time")
 
 
-class SequenceLoader:
+class SequenceLoader(IterableDataset[Batch]):
     """Iterates over batches of examples with their histories rebuilt, in a reproducible order.
 
     One pass of `for batch in loader` is one epoch. Each user's histories are read and decoded once
-    a unit and serve all of its examples. Every rank plans the same; chunks go to ranks in turn.
+    a unit and serve all of its examples. The order of an epoch depends on the data, the options and
+    the seed alone: ranks take its batches in turn, however many they are.
+
+    It is an `IterableDataset` too: `DataLoader(loader, batch_size=None, num_workers=2,
+    multiprocessing_context="spawn")` shares the batches of this rank out among its workers.
 
     Attributes:
         epoch: the epoch that the next pass goes over; grows by one with every pass.
@@ -45,20 +64,27 @@ class SequenceLoader:
         projections: Mapping[str, Projection],
         batch_size: int = 256,
         *,
+        form: Form = "expanded",
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-        uneven: Literal["keep", "drop", "repeat"] = "keep",
-        verify: Literal["always", "off"] = "always",
+        rank: int | None = None,
+        world_size: int | None = None,
+        order: OrderOf = "shuffled",
+        mix: int = 64,
+        lanes: int | None = None,
+        max_tokens: int | None = None,
+        balance: Balance | None = None,
+        balance_length: int = 1024,
+        uneven: Uneven = "keep",
+        verify: Verify = "always",
         gone: Literal["fail", "drop"] = "fail",
+        bad: Literal["fail", "drop"] = "fail",
         num_workers: int = 2,
         prefetch: int = 2,
         pin_memory: bool = False,
+        device: torch.device | str | None = None,
         examples_per_unit: int = 1024,
         events_per_unit: int = 500_000,
-        units_per_chunk: int = 64,
-        events_per_chunk: int = 2_000_000,
+        events_per_pool: int = 1_000_000,
         histories: Mapping[str, str] | None = None,
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
@@ -67,19 +93,40 @@ class SequenceLoader:
             pointers: the pinned examples.
             projections: what to read of each group; groups left out are not read.
             batch_size: examples a batch, per rank.
+            form: of the sequences: "expanded", "views" or "deduplicated"; see `JaggedSequence`.
             seed: of the shuffle, together with the epoch.
-            shuffle: False goes by bucket, user and request time.
-            uneven: what happens when ranks have different numbers of batches: "keep" them (every
-                example exactly once), "drop" the surplus, or "repeat" a rank's first ones.
-            verify: recompute each pointer's checksum while reading, or not.
+            rank, world_size: this process among those that share out the epoch; None takes them from
+                torch.distributed or torchrun, and is 0 of 1 without.
+            order: "shuffled"; "stored", by bucket, user and request time; or "time": one window of the
+                pointers after the other, units shuffled within it, each pool by request time.
+            mix: how many units have their examples shuffled with each other: 0 keeps each user's
+                examples together, 1 shuffles within a unit, many come close to independent draws.
+                More cost memory, and share fewer events within a batch.
+            lanes: how many pools batches are taken from in turn. Where the ranks' number divides it,
+                each rank reads pools of its own; else several ranks read the same ones. Memory grows
+                with lanes / world_size. None: 8, or 1 for order="stored".
+            max_tokens: cut batches by events instead: at most so many of all groups, and at most
+                `batch_size` examples. An example that alone has more is a batch by itself.
+            balance: deal a pool's examples to its batches so that these, and so the ranks, cost about
+                the same: by events ("tokens"), or weighted by sequence length ("flops").
+            balance_length: for "flops", the length at which attention costs as much as all else.
+            uneven: what happens at the end, where batches cannot be shared out evenly: "keep" gives
+                every example exactly once, so some ranks get one batch more, and the last batch may
+                be smaller; "drop" leaves these out; "repeat" fills up with the epoch's first examples;
+                "pad" fills up with empty examples (`Batch.num_padding`).
+            verify: recompute each pointer's checksum while reading: "always", for a "sampled" sixteenth
+                of the units, other ones in every epoch, or "off".
             gone: what happens where examples point at events that were erased, or dropped by age:
                 "fail" at once, or "drop" these examples and count them in `num_dropped`.
-            num_workers: threads that read and decode.
-            prefetch: batches ready ahead.
-            pin_memory: page-lock batches, for transfers to a GPU.
+            bad: what happens where a file is damaged or missing, or a checksum does not match: "fail",
+                or "drop" these examples, which makes batches smaller, and count and name them in
+                `report()`.
+            num_workers: threads that read and decode; 0 reads in the thread that forms batches.
+            prefetch: batches ready ahead; 0 forms them when they are asked for.
+            pin_memory: page-lock batches, for transfers to a GPU; no effect without one.
+            device: where batches go, without waiting for the transfer; None leaves them here.
             examples_per_unit, events_per_unit: what is read at once, at most (or one user).
-            units_per_chunk, events_per_chunk: how many units' examples are shuffled with each
-                other, at most (or one unit); memory grows with it, and so does randomness.
+            events_per_pool: of the units shuffled with each other, at most (or one unit).
             histories: where the groups' tables lie now, if they were moved since pinning.
             storage_options: as deltalake takes them.
 
@@ -88,29 +135,55 @@ class SequenceLoader:
             TableError, PinError: what is pinned is gone or has changed.
             GoneError: events that were pointed at are gone, and `gone` is "fail".
         """
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("world_size", world_size, 1),
-            ("num_workers", num_workers, 0),
-            ("prefetch", prefetch, 0),
-            ("examples_per_unit", examples_per_unit, 1),
-            ("events_per_unit", events_per_unit, 1),
-            ("units_per_chunk", units_per_chunk, 1),
-            ("events_per_chunk", events_per_chunk, 1),
-            ("seed", seed, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SchemaError(f"{name}={value!r}", f"Use an integer of {least} or more.")
-        if not 0 <= rank < world_size:
-            raise SchemaError(
-                f"rank={rank!r} with world_size={world_size}", "Ranks go from 0 to world_size - 1."
-            )
-        if uneven not in ("keep", "drop", "repeat"):
-            raise SchemaError(f"uneven={uneven!r}", "Use 'keep', 'drop' or 'repeat'.")
-        if verify not in ("always", "off"):
-            raise SchemaError(f"verify={verify!r}", "Use 'always' or 'off'.")
-        if gone not in ("fail", "drop"):
-            raise SchemaError(f"gone={gone!r}", "Use 'fail' or 'drop'.")
+        super().__init__()
+        if lanes is None:
+            lanes = 1 if order == "stored" else 8
+        self._options = OrderOptions(
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            balance=balance,
+            balance_length=balance_length,
+            uneven=uneven,
+            seed=seed,
+            order=order,
+            mix=mix,
+            lanes=lanes,
+            examples_per_unit=examples_per_unit,
+            events_per_unit=events_per_unit,
+            events_per_pool=events_per_pool,
+        )
+        check_int("num_workers", num_workers, 0)
+        check_int("prefetch", prefetch, 0)
+        check_choice("form", form, get_args(Form))
+        check_choice("verify", verify, get_args(Verify))
+        check_choice("gone", gone, ("fail", "drop"))
+        check_choice("bad", bad, ("fail", "drop"))
+        self._rank, self._world_size = _ranks(rank, world_size)
+        self._arguments: dict[str, Any] = {
+            "projections": dict(projections),
+            **self._options.to_json(),
+            "form": form,
+            "rank": self._rank,
+            "world_size": self._world_size,
+            "verify": verify,
+            "gone": gone,
+            "bad": bad,
+            "num_workers": num_workers,
+            "prefetch": prefetch,
+            "pin_memory": pin_memory,
+            "device": device,
+            "histories": histories,
+            "storage_options": storage_options,
+        }
+        self._form: Form = form
+        self._verify: Verify = verify
+        self._bad: Literal["fail", "drop"] = bad
+        self._num_workers = num_workers
+        self._prefetch = prefetch
+        self._pin_memory = pin_memory and torch.cuda.is_available()
+        self._device = None if device is None else torch.device(device)
+        self._process = os.getpid()
+
         self._pointers = (
             pointers.open(storage_options) if isinstance(pointers, PointerRef) else pointers
         )
@@ -118,40 +191,32 @@ class SequenceLoader:
         self._histories = open_histories(
             self._pointers, list(self._projections), histories or {}, storage_options
         )
-        self._traits: dict[str, list[str]] = {}
-        for group, projection in self._projections.items():
-            self._traits[group] = tensor_columns(self._histories[group], projection)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
-        self._shuffle = shuffle
-        self._uneven = uneven
-        self._verify = verify == "always"
-        self._num_workers = num_workers
-        self._buffers = ArenaBuffers()
-        self._prefetch = prefetch
-        self._pin_memory = pin_memory
-        self._chunk_limits = (units_per_chunk, events_per_chunk)
-        self._unit_limits = (examples_per_unit, events_per_unit)
+        self._traits = {
+            group: _trait_schema(self._histories[group], projection)
+            for group, projection in self._projections.items()
+        }
+        names = [*_EXAMPLE_KEYS, *(trait.name for trait in self._pointers.spec.columns)]
+        self._columns = pa.schema([self._pointers.spec.schema.field(name) for name in names])
         self._plan = make_plan(
             self._pointers,
             self._histories,
             self._projections,
             examples_per_unit=examples_per_unit,
             events_per_unit=events_per_unit,
-            verify=self._verify,
+            verify=verify != "off",
             drop_gone=gone == "drop",
+            by_window=order == "time",
         )
+        self._facts = self._find_facts()
+        self._source: UnitSource = DirectSource(
+            self._pointers, self._histories, self._projections, names, ArenaBuffers()
+        )
+        self._formed = ArenaBuffers()
+        self._meter = Meter()
+        self._dropped = Dropped()
         self.epoch = 0
         self._num_done = 0
-        self._schema = self._pointers.spec.schema
-        self._columns = [
-            "user_id",
-            "request_id",
-            "request_time",
-            *(trait.name for trait in self._pointers.spec.columns),
-        ]
+        self._scheduled: tuple[int, list[Pool], Schedule] | None = None
 
     # -- what there is --------------------------------------------------------------------------
 
@@ -172,150 +237,175 @@ class SequenceLoader:
 
     def __len__(self) -> int:
         """The batches that this rank gets in the present epoch, from its beginning."""
-        return self._num_batches([c.num_examples for c in self._chunks_of_all()], self._rank)
+        return self._share(0, 0, 1).num_steps
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch."""
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise SchemaError(f"epoch={epoch!r}", "Use an integer of 0 or more.")
+        check_int("epoch", epoch, 0)
         self.epoch = epoch
         self._num_done = 0
 
-    def _chunks_of_all(self) -> list[Chunk]:
-        return self._plan.chunks(
-            seed=self._seed,
-            epoch=self.epoch,
-            shuffle=self._shuffle,
-            units_per_chunk=self._chunk_limits[0],
-            events_per_chunk=self._chunk_limits[1],
-        )
+    # -- the order ------------------------------------------------------------------------------
 
-    def _num_batches(self, sizes: Sequence[int], rank: int) -> int:
-        batches = [
-            -(-sum(sizes[r :: self._world_size]) // self._batch_size)
-            for r in range(self._world_size)
-        ]
-        if self._uneven == "keep":
-            return batches[rank]
-        if self._uneven == "drop":
-            return min(batches)
-        if min(batches) == 0 and max(batches) > 0:
-            raise SchemaError(
-                f"rank {batches.index(0)} of {self._world_size} has no examples to repeat",
-                "Use fewer ranks, or smaller examples_per_unit or units_per_chunk.",
+    def _schedule(self) -> tuple[list[Pool], Schedule]:
+        """The pools of the present epoch, by number, and its batches."""
+        if self._scheduled is None or self._scheduled[0] != self.epoch:
+            phases = self._plan.pools(self._options, self.epoch)
+            pools = [pool for lanes in phases for lane in lanes for pool in lane]
+            pools.sort(key=lambda pool: pool.number)
+            schedule = make_schedule(
+                [[_whole(lane) for lane in lanes] for lanes in phases],
+                by_count(self._options.batch_size),
             )
-        return max(batches)
+            self._scheduled = self.epoch, pools, schedule
+        return self._scheduled[1:]
+
+    def _share(self, begin: int, worker: int, num_workers: int) -> Share:
+        share = Share(
+            self._schedule()[1],
+            batch_size=None if self._options.max_tokens else self._options.batch_size,
+            uneven=self._options.uneven,
+            begin=begin,
+            world_size=self._world_size,
+            rank=self._rank,
+            worker=worker,
+            num_workers=num_workers,
+        )
+        return share
 
     # -- iterating ------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the present epoch; the whole of it unless resumed within."""
-        chunks = self._chunks_of_all()
-        limit = self._num_batches([c.num_examples for c in chunks], self._rank)
-        mine = chunks[self._rank :: self._world_size]
-        if (
-            limit * self._batch_size > sum(c.num_examples for c in mine)
-            and self._uneven == "repeat"
-        ):
-            mine = mine * -(-limit * self._batch_size // sum(c.num_examples for c in mine))
-        skip = self._num_done * self._batch_size
-        first = 0
-        while first < len(mine) and skip >= mine[first].num_examples:
-            skip -= mine[first].num_examples
-            first += 1
-        node = graph.epoch_graph(
-            mine[first:],
-            partial(self._read, self.epoch),
-            BatchFormer(self._columns, self._traits),
-            batch_size=self._batch_size,
-            skip=skip,
-            num_workers=self._num_workers,
-            prefetch=self._prefetch,
-            pin_memory=self._pin_memory,
+        if os.getpid() != self._process:
+            raise LoaderError(
+                "it was made in another process and came here by fork, which storage clients do "
+                "not survive",
+                'Start workers with multiprocessing_context="spawn", or make the loader in them.',
+            )
+        worker, num_workers = worker_of_process()
+        begin = self._num_done
+        share = self._share(begin, worker, num_workers)
+        pools, schedule = self._schedule()
+        reader = EpochReader(
+            self._plan,
+            pools,
+            self._source,
+            self._options,
+            self.epoch,
+            verify=self._verify,
+            bad=self._bad,
+            dropped=self._dropped,
+            slots=_slots(schedule) if self._options.balance else None,
         )
-        batches = graph.run(node)
+        lanes_here = self._options.lanes // math.gcd(self._options.lanes, self._world_size)
+        stop = threading.Event()
+        batches = graph.run(
+            graph.epoch_graph(
+                share,
+                reader,
+                BatchFormer(self._form, self._columns, self._traits, self._formed),
+                num_readers=self._num_workers,
+                num_formers=0,
+                ahead=lanes_here + self._num_workers,
+                prefetch=self._prefetch,
+                pin_memory=self._pin_memory,
+                device=self._device,
+                stop=stop,
+                meter=self._meter,
+            ),
+            stop,
+        )
         try:
-            while self._num_done < limit:
+            for number in range(share.num_steps):
                 batch = next(batches)
-                self._num_done += 1
+                steps_done = number * num_workers + worker + 1
+                self._num_done = min(
+                    begin + steps_done * self._world_size, schedule.num_batches
+                )
                 yield batch
         finally:
             # Dropping the graph stops its threads, also after an early break.
-            del batches, node
+            del batches
         self.set_epoch(self.epoch + 1)
-
-    def _read(self, epoch: int, chunk: Chunk) -> UnitsInMemory:
-        units = [self._read_unit(unit) for unit in chunk.units]
-        total = sum(unit.num_examples for unit in units)
-        order = np.arange(total)
-        if self._shuffle:
-            key = np.random.SeedSequence([self._seed, epoch, chunk.number])
-            order = np.random.Generator(np.random.Philox(key)).permutation(total)
-        return UnitsInMemory(units, order)
-
-    def _read_unit(self, unit: Unit) -> UnitData:
-        return materialize(
-            self._pointers,
-            self._histories,
-            self._projections,
-            unit.bucket,
-            self._plan.users_of(unit),
-            columns=self._columns,
-            verify=self._verify,
-            buffers=self._buffers,
-        )
 
     # -- stopping and going on ------------------------------------------------------------------
 
-    @property
-    def fingerprint(self) -> str:
-        """A digest of all that decides which batches come: pins, projections, options."""
-        facts = {
-            "pointers": self._pointers.digest,
-            # Less where users were erased, or events dropped, since the pointers were sealed.
-            "num_examples": self.num_examples,
-            "histories": {g: s.digest for g, s in sorted(self._histories.items())},
-            "projections": {g: p.to_json() for g, p in sorted(self._projections.items())},
-            "batch_size": self._batch_size,
-            "seed": self._seed,
-            "rank": self._rank,
-            "world_size": self._world_size,
-            "shuffle": self._shuffle,
-            "uneven": self._uneven,
-            "unit_limits": self._unit_limits,
-            "chunk_limits": self._chunk_limits,
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    def _find_facts(self) -> LoaderFacts:
+        ref = self._pointers.ref()
+        return LoaderFacts(
+            pointers={
+                "table_id": ref.table_id,
+                "windows": list(ref.windows),
+                "digest": ref.digest,
+            },
+            histories={
+                group: {"table_id": snapshot.ref().table_id, "digest": snapshot.digest}
+                for group, snapshot in self._histories.items()
+            },
+            projections={g: p.to_json() for g, p in sorted(self._projections.items())},
+            num_examples=self.num_examples,
+            options=self._options,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this loader stands: after the last batch that it handed out."""
-        return {
-            "version": STATE_VERSION,
-            "fingerprint": self.fingerprint,
-            "epoch": self.epoch,
-            "num_batches": self._num_done,
-        }
+        """Where this loader stands: after the last batch that it handed out, whatever was prefetched.
+        Ranks that took the same number of steps have equal states."""
+        return self._facts.state(Position(self.epoch, self._num_done))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another loader of the same data and options stood.
+        """Go on from where another loader of the same data and order stood, on any number of ranks.
 
         Raises:
-            PinError: the state was made on other data or with other options.
+            PinError: the state was made on other data, with other options, or by another release.
         """
-        if state.get("version") != STATE_VERSION:
-            raise PinError(
-                "loader state",
-                pinned=f"version {state.get('version')}",
-                found=f"version {STATE_VERSION}",
-                way_out="It was made by another release: use that one, or start the epoch anew.",
-            )
-        if state["fingerprint"] != self.fingerprint:
-            raise PinError(
-                "loader state",
-                pinned=state["fingerprint"],
-                found=self.fingerprint,
-                way_out="It was made on other data, projections or options, so other batches "
-                "would come: make the loader as it was, or start anew.",
-            )
-        self.set_epoch(state["epoch"])
-        self._num_done = state["num_batches"]
+        position = self._facts.position(state)
+        self.set_epoch(position.epoch)
+        self._num_done = position.num_batches
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "pointers": self._pointers.ref(),
+            "arguments": self._arguments,
+            "state": self.state_dict(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        SequenceLoader.__init__(self, state["pointers"], **state["arguments"])
+        self.load_state_dict(state["state"])
+
+
+def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if (rank is None) != (world_size is None):
+        raise SchemaError(
+            f"rank={rank!r} with world_size={world_size!r}", "Give both of them, or neither."
+        )
+    if rank is None or world_size is None:
+        rank, world_size = rank_of_process()
+    check_int("world_size", world_size, 1)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world_size:
+        raise SchemaError(
+            f"rank={rank!r} with world_size={world_size}", "Ranks go from 0 to world_size - 1."
+        )
+    return rank, world_size
+
+
+def _trait_schema(snapshot: Snapshot, projection: Projection) -> pa.Schema:
+    schema = snapshot.group.event_schema
+    return pa.schema([schema.field(name) for name in tensor_columns(snapshot, projection)])
+
+
+def _whole(pools: Sequence[Pool]) -> Pieces:
+    sizes = np.array([pool.num_examples for pool in pools], np.int64)
+    return Pieces(
+        np.array([pool.number for pool in pools], np.int64), np.zeros_like(sizes), sizes
+    )
+
+
+def _slots(schedule: Schedule) -> Callable[[int], Pieces]:
+    """Which rows of a pool each batch gets, by pool."""
+    order = np.lexsort((schedule.pieces.first, schedule.pieces.pool))
+    pieces = schedule.pieces[order]
+    num_pools = int(pieces.pool.max(initial=-1)) + 1
+    bounds = np.searchsorted(pieces.pool, np.arange(num_pools + 1)).tolist()
+    return lambda pool: pieces[slice(bounds[pool], bounds[pool + 1])]

@@ -54,10 +54,14 @@ class UnitData:
     Attributes:
         examples: per column, [P].
         arenas: per feature group.
+        kept: [P] which examples are what their pointers were made for; None if all are.
+        bad: what is wrong with those that are not.
     """
 
     examples: dict[str, pa.Array]
     arenas: dict[str, Arena]
+    kept: npt.NDArray[np.bool_] | None = None
+    bad: ChecksumError | None = None
 
     @property
     def num_examples(self) -> int:

@@ -73,8 +73,9 @@ class DirectSource:
 
     def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
         """As `UnitSource.read`."""
+        pointers = self._pointers if unit.window is None else self._pointers.only(unit.window)
         return materialize(
-            self._pointers,
+            pointers,
             self._histories,
             self._projections,
             unit.bucket,

@@ -117,12 +117,16 @@ class PointerSnapshot:
         """One digest of all examples of these windows."""
         return prefix_digest(self.windows)
 
-    def pins_of(self, window: str) -> dict[str, SnapshotRef]:
-        """The history snapshots, by group, that one window points into."""
+    def only(self, window: str) -> PointerSnapshot:
+        """One of these windows by itself."""
         for sealed in self.windows:
             if sealed.window.key == window:
-                return pins_of_window(sealed)
+                return PointerSnapshot(self._table, self.spec, self._state, [sealed])
         raise WindowError(window, f"not among the windows of {self.uri} read here", "Name one.")
+
+    def pins_of(self, window: str) -> dict[str, SnapshotRef]:
+        """The history snapshots, by group, that one window points into."""
+        return pins_of_window(self.only(window).windows[0])
 
     def pins(self) -> dict[str, tuple[SnapshotRef, ...]]:
         """The distinct history snapshots of each group, oldest version first."""

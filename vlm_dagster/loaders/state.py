@@ -1,0 +1,112 @@
+"""Where a loader stands, as JSON: what it reads, in which order, and how many batches are done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlm_dagster.errors import PinError
+from vlm_dagster.loaders.options import OrderOptions
+
+__all__ = ["LoaderFacts", "Position"]
+
+STATE_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in a run.
+
+    Attributes:
+        epoch: under way, from 0.
+        num_batches: of it that are done, by all ranks together.
+    """
+
+    epoch: int
+    num_batches: int
+
+
+@dataclass(frozen=True)
+class LoaderFacts:
+    """All that decides which batches come; neither ranks, nor workers, nor the form of batches do.
+
+    Attributes:
+        pointers: table id, windows and digest of the examples.
+        histories: per group, table id and digest.
+        projections: per group.
+        num_examples: less than were sealed where users were erased, or events dropped, since.
+        options: of the order.
+    """
+
+    pointers: Mapping[str, Any]
+    histories: Mapping[str, Mapping[str, Any]]
+    projections: Mapping[str, Mapping[str, Any]]
+    num_examples: int
+    options: OrderOptions
+
+    def state(self, position: Position) -> dict[str, Any]:
+        """The state of a loader of these facts at a position."""
+        return {
+            "version": STATE_VERSION,
+            "epoch": position.epoch,
+            "num_batches": position.num_batches,
+            "num_examples": self.num_examples,
+            "pointers": dict(self.pointers),
+            "histories": {group: dict(pin) for group, pin in self.histories.items()},
+            "projections": {group: dict(value) for group, value in self.projections.items()},
+            "options": self.options.to_json(),
+        }
+
+    def position(self, state: Mapping[str, Any]) -> Position:
+        """The position in a state, once all facts are found equal.
+
+        Raises:
+            PinError: the state was made on other data, with other options, or by another release.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise PinError(
+                "loader state",
+                pinned=f"version {state.get('version')}",
+                found=f"version {STATE_VERSION}",
+                way_out="It was made by another release: use that one, or start the epoch anew.",
+            )
+        try:
+            differences = self._differences(state)
+            position = Position(int(state["epoch"]), int(state["num_batches"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PinError(
+                "loader state",
+                pinned=f"no readable value ({error!r})",
+                found=f"a loader of {self.num_examples:,} examples",
+                way_out="It is damaged: take another one, or start the epoch anew.",
+            ) from None
+        if differences:
+            what, pinned, found = differences[0]
+            more = f" ({len(differences) - 1} more differences)" if len(differences) > 1 else ""
+            raise PinError(
+                f"loader state, {what}",
+                pinned=pinned,
+                found=found,
+                way_out=f"Other batches would come{more}: make the loader as it was, or start anew.",
+            )
+        return position
+
+    def _differences(self, state: Mapping[str, Any]) -> Sequence[tuple[str, object, object]]:
+        found: list[tuple[str, object, object]] = []
+        for key in ("table_id", "windows", "digest"):
+            if state["pointers"][key] != self.pointers[key]:
+                found.append((f"{key} of the pointers", state["pointers"][key], self.pointers[key]))
+        for name, mine in (("histories", self.histories), ("projections", self.projections)):
+            for group in sorted({*state[name], *mine}):
+                there, here = state[name].get(group), mine.get(group)
+                if there != here:
+                    singular = {"histories": "history", "projections": "projection"}[name]
+                    found.append((f"{singular} {group!r}", there, here))
+        if state["num_examples"] != self.num_examples:
+            found.append(("number of examples", state["num_examples"], self.num_examples))
+        options = dict(state["options"])
+        for name, here in self.options.to_json().items():
+            if options.get(name) != here:
+                found.append((name, options.get(name), here))
+        return found
