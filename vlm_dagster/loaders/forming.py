@@ -71,7 +71,7 @@ class BatchFormer:
                 for name in traits
             }
             offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-            sequences[group] = JaggedSequence(values, torch.from_numpy(offsets))
+            sequences[group] = JaggedSequence.expanded(values, torch.from_numpy(offsets))
         return Batch(examples, sequences, strings)
 
 
