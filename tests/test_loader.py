@@ -229,7 +229,7 @@ def test_unknown_groups_and_traits_are_refused(pointers: PointerDataset) -> None
 
 
 def test_a_batch_moves_and_pads() -> None:
-    sequence = JaggedSequence(
+    sequence = JaggedSequence.expanded(
         {"item": torch.tensor([1, 2, 3, 4, 5, 6])}, torch.tensor([0, 3, 3, 6])
     )
     batch = Batch({"request_time": torch.arange(3)}, {"ratings": sequence}, {"name": ["a"] * 3})

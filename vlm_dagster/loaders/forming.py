@@ -93,7 +93,7 @@ class BatchFormer:
             )
             for group, traits in self._traits.items()
         }
-        return Batch(examples, sequences, strings)
+        return Batch(examples, sequences, strings, num_padding=padding)
 
 
 def _tensor(parts: Sequence[pa.Array], padding: int) -> torch.Tensor:

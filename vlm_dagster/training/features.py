@@ -35,7 +35,7 @@ def to_model_inputs(batch: Batch, vocabulary: Vocabulary, config: TrainingConfig
     Raises:
         SchemaError: a column is missing, item ids are not integers, or a label is not binary.
     """
-    examples, sequence = batch.examples, batch.sequences[config.group]
+    examples, sequence = batch.examples, batch.sequences[config.group].expand()
     for name in (config.example_target, config.label_column):
         if name is not None and name not in examples:
             raise SchemaError(
