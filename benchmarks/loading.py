@@ -70,7 +70,7 @@ def load(pointers: PointerDataset, length: int, verify: str) -> None:
         BATCH,
         verify=verify,  # type: ignore[arg-type]
         events_per_unit=2_000_000,
-        units_per_chunk=1,
+        mix=1,
     )
     for batch in loader:
         assert batch.batch_size
@@ -82,7 +82,7 @@ def write_fat(pointers: PointerDataset, length: int, folder: Path) -> dict[str, 
         pointers.ref(),
         {"events": Projection(TRAITS, max_length=length)},
         BATCH,
-        shuffle=False,
+        order="stored",
         verify="off",
     )
     tables = []

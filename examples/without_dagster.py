@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
     pointers.seal("1997-09-21", requests, {"ratings": snapshot})
 
     projection = Projection(traits=["item_id", "rating"], max_length=256)
-    loader = SequenceLoader(pointers.ref(), {"ratings": projection}, batch_size=2, shuffle=False)
+    loader = SequenceLoader(pointers.ref(), {"ratings": projection}, batch_size=2, order="stored")
     for batch in loader:
         sequence = batch.sequences["ratings"]
         for i, target in enumerate(batch.examples["item_id"].tolist()):

@@ -202,21 +202,21 @@ def loaded(dataset: PointerDataset, **options: object) -> tuple[dict, int]:
 
 
 @pytest.mark.parametrize("max_length", [None, 6])
-@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("order", ["stored", "shuffled", "time"])
 def test_pointers_fail_or_are_dropped_and_counted(
-    tmp_path: Path, shuffle: bool, max_length: int | None
+    tmp_path: Path, order: str, max_length: int | None
 ) -> None:
     store = history_of(tmp_path / "h", EVENTS)
     dataset = PointerDataset.create(tmp_path / "p", ["ratings"], max_length=max_length)
     for number in (1, 2, 3):
         snapshot = store.snapshot(store.version_covering(day(number)))
         dataset.seal(day(number), examples_of(EVENTS, number), {"ratings": snapshot})
-    before, dropped = loaded(dataset, shuffle=shuffle)
+    before, dropped = loaded(dataset, order=order)
     assert dropped == 0
     erase(store, [0, 7])
     with pytest.raises(GoneError, match=r"examples point at events.*gone='drop'"):
-        loaded(PointerDataset.open(dataset.uri), shuffle=shuffle)
-    after, dropped = loaded(dataset, shuffle=shuffle, gone="drop")
+        loaded(PointerDataset.open(dataset.uri), order=order)
+    after, dropped = loaded(dataset, order=order, gone="drop")
     # An empty sequence needs nothing that is gone.
     expected = {
         key: values

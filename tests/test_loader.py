@@ -21,7 +21,7 @@ EVENTS = many_events(seed=4, num_events=700, num_users=30)
 PROJECTION = {"ratings": Projection(["event_id"], max_length=20)}
 # Small units and chunks, so that batches straddle both.
 OPTIONS: dict[str, Any] = {
-    "batch_size": 32, "examples_per_unit": 25, "units_per_chunk": 3, "seed": 7,
+    "batch_size": 32, "examples_per_unit": 25, "mix": 3, "lanes": 4, "seed": 7,
 }  # fmt: skip
 
 
@@ -86,8 +86,8 @@ def test_epochs_and_seeds_differ_in_order_only(pointers: PointerDataset) -> None
 
 def test_an_epoch_under_way_keeps_its_order(pointers: PointerDataset) -> None:
     unbroken = [content(batch) for batch in loader_of(pointers)]
-    loader = loader_of(pointers, num_workers=0, prefetch=0, units_per_chunk=1)
-    plain = [content(b) for b in loader_of(pointers, units_per_chunk=1)]
+    loader = loader_of(pointers, num_workers=0, prefetch=0, mix=1)
+    plain = [content(b) for b in loader_of(pointers, mix=1)]
     found = []
     for batch in loader:
         found.append(content(batch))
@@ -119,7 +119,7 @@ def test_a_state_of_other_data_or_options_is_refused(
     pointers: PointerDataset, tmp_path: Path
 ) -> None:
     state = loader_of(pointers).state_dict()
-    for other in ({"batch_size": 16}, {"seed": 1}, {"shuffle": False}, {"world_size": 2}):
+    for other in ({"batch_size": 16}, {"seed": 1}, {"order": "stored"}, {"lanes": 2}):
         with pytest.raises(PinError, match="start anew"):
             loader_of(pointers, **other).load_state_dict(state)
     projected = SequenceLoader(pointers.ref(), {"ratings": Projection(["event_id"])}, **OPTIONS)
@@ -133,23 +133,31 @@ def test_a_state_of_other_data_or_options_is_refused(
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_keep_drop_or_repeat_their_surplus(pointers: PointerDataset, world_size: int) -> None:
-    def ranks(uneven: str) -> list[list[tuple[Any, ...]]]:
+def test_ranks_keep_drop_repeat_or_pad_their_surplus(
+    pointers: PointerDataset, world_size: int
+) -> None:
+    def ranks(uneven: str) -> list[list[Batch]]:
         return [
-            [content(b) for b in loader_of(pointers, rank=r, world_size=world_size, uneven=uneven)]
+            list(loader_of(pointers, rank=r, world_size=world_size, uneven=uneven))
             for r in range(world_size)
         ]
 
-    kept, dropped, repeated = ranks("keep"), ranks("drop"), ranks("repeat")
-    everything = sorted(pair for rank in kept for pair in ids(rank))
+    kept, dropped, repeated, padded = (ranks(u) for u in ("keep", "drop", "repeat", "pad"))
+    everything = sorted(pair for rank in kept for pair in ids([content(b) for b in rank]))
     assert everything == sorted({(e["user_id"], e["event_id"]) for e in EVENTS})
     counts = [len(rank) for rank in kept]
-    assert {len(rank) for rank in dropped} == {min(counts)}
-    assert {len(rank) for rank in repeated} == {max(counts)}
-    for full, short in zip(kept, dropped, strict=True):
-        assert full[: len(short)] == short
-    for full, longer in zip(kept, repeated, strict=True):
-        assert ids(longer)[: len(ids(full))] == ids(full)
+    assert max(counts) - min(counts) <= 1
+    assert {len(rank) for rank in dropped} == {len(EVENTS) // 32 // world_size}
+    assert {len(rank) for rank in repeated} == {len(rank) for rank in padded} == {max(counts)}
+    for rank in (*dropped, *repeated, *padded):
+        assert {batch.batch_size for batch in rank} == {32}
+    for full, short, longer, filled in zip(kept, dropped, repeated, padded, strict=True):
+        found = [content(b) for b in full if b.batch_size == 32]
+        assert [content(b) for b in short] == found[: len(short)]
+        assert [content(b) for b in longer[: len(found)]] == found
+        assert [content(b) for b in filled[: len(found)]] == found
+    rest = [pair for rank in padded for b in rank for pair in ids([content(b)])[: 32 - b.num_padding]]
+    assert sorted(rest) == everything
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -210,10 +218,13 @@ def test_an_error_comes_out_as_it_was_raised(tmp_path: Path, num_workers: int) -
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": True}, "batch_size=True"),
         ({"rank": 2, "world_size": 2}, "rank=2"),
+        ({"rank": 0}, "world_size=None"),
+        ({"mix": -1}, "mix=-1"),
+        ({"balance": "tokens", "max_tokens": 9}, "max_tokens=9"),
         ({"num_workers": -1}, "num_workers=-1"),
-        ({"uneven": "pad"}, "uneven='pad'"),
+        ({"uneven": "fill"}, "uneven='fill'"),
         ({"verify": True}, "verify=True"),
-        ({"events_per_chunk": 0}, "events_per_chunk=0"),
+        ({"events_per_pool": 0}, "events_per_pool=0"),
     ],
 )
 def test_options_are_checked(pointers: PointerDataset, options: dict, told: str) -> None:

@@ -104,7 +104,7 @@ def test_sealing_reading_and_loading(options: dict[str, str]) -> None:
     (batch,) = SequenceLoader(
         pointers.ref(),
         {"ratings": Projection(["item_id"])},
-        shuffle=False,
+        order="stored",
         storage_options=options,
     )
     lengths = dict(

@@ -30,10 +30,29 @@ from vlm_dagster.loaders.pool import PoolData
 from vlm_dagster.loaders.report import Meter
 from vlm_dagster.loaders.steps import Share, Step
 
-__all__ = ["Failure", "PoolReader", "ReadAhead", "Ready", "Steps", "epoch_graph", "run"]
+__all__ = ["Failure", "PoolReader", "ReadAhead", "Ready", "Steps", "Stop", "epoch_graph", "run"]
 
 # Steps looked at ahead of the one that is due; beyond pools are what bounds it.
 _MOST_STEPS_AHEAD = 1024
+
+
+class Stop:
+    """Says, in any thread, that the consumer has gone; runs what is to be done then."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._closers: list[Callable[[], None]] = []
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+    def then(self, close: Callable[[], None]) -> None:
+        self._closers.append(close)
+
+    def set(self) -> None:
+        self._event.set()
+        while self._closers:
+            self._closers.pop()()
 
 
 class PoolReader(Protocol):
@@ -142,7 +161,7 @@ class ReadAhead(BaseNode[Ready | Failure]):  # type: ignore[misc]
         reader: reads the units of a pool, each a task by itself.
         num_workers: threads that read; 0 reads when a step is due, in the caller's thread.
         ahead: pools that may be read, or being read, before a step needs them.
-        stop: ends waiting, from another thread.
+        stop: ends waiting and the threads, from another thread.
     """
 
     def __init__(
@@ -152,7 +171,7 @@ class ReadAhead(BaseNode[Ready | Failure]):  # type: ignore[misc]
         *,
         num_workers: int,
         ahead: int,
-        stop: threading.Event,
+        stop: Stop,
         meter: Meter,
     ) -> None:
         super().__init__()
@@ -178,6 +197,7 @@ class ReadAhead(BaseNode[Ready | Failure]):  # type: ignore[misc]
         self._source.reset(None if initial_state is None else initial_state["source"])
         self._state = self._source.state_dict()
         self._workers = _Workers(self._num_workers)
+        self._stop.then(self._workers.close)
 
     def close(self) -> None:
         """Ends the threads; what they are reading just now is thrown away."""
@@ -192,7 +212,7 @@ class ReadAhead(BaseNode[Ready | Failure]):  # type: ignore[misc]
 
     def next(self) -> Ready | Failure:
         self._look_ahead(at_least_one=True)
-        if not self._steps or self._stop.is_set():
+        if not self._steps or self._stop:
             raise StopIteration
         step, state = self._steps.popleft()
         needed = dict.fromkeys(step.pieces.pool.tolist())
@@ -241,7 +261,7 @@ class ReadAhead(BaseNode[Ready | Failure]):  # type: ignore[misc]
             futures = self._coming.pop(pool)
             for future in futures:
                 while not wait([future], timeout=0.1).done:
-                    if self._stop.is_set():
+                    if self._stop:
                         raise _StoppedError
                 units.append(future.result())
             return self._reader.joined(pool, units)
@@ -300,7 +320,7 @@ def epoch_graph(
     prefetch: int,
     pin_memory: bool,
     device: torch.device | None,
-    stop: threading.Event,
+    stop: Stop,
     meter: Meter,
 ) -> BaseNode[Batch | Failure]:
     """The graph of (the rest of) an epoch.
@@ -315,9 +335,7 @@ def epoch_graph(
         stop: set by `run` when the consumer has gone.
     """
     node: BaseNode[Any] = Steps(share)
-    node = ReadAhead(
-        node, reader, num_workers=num_readers, ahead=ahead, stop=stop, meter=meter
-    )
+    node = ReadAhead(node, reader, num_workers=num_readers, ahead=ahead, stop=stop, meter=meter)
     node = ParallelMapper(node, _Form(form, meter), num_workers=num_formers, method="thread")
     if pin_memory:
         node = PinMemory(node)
@@ -328,7 +346,7 @@ def epoch_graph(
     return node
 
 
-def run(node: BaseNode[Batch | Failure], stop: threading.Event) -> Iterator[Batch]:
+def run(node: BaseNode[Batch | Failure], stop: Stop) -> Iterator[Batch]:
     """Go over a graph once; errors come out as they were raised."""
     try:
         node.reset()

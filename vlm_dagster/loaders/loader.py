@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch.utils.data import IterableDataset
@@ -18,6 +20,7 @@ from vlm_dagster.history import ArenaBuffers, Snapshot, SnapshotRef
 from vlm_dagster.loaders import graph
 from vlm_dagster.loaders.batch import Batch
 from vlm_dagster.loaders.forming import BatchFormer
+from vlm_dagster.loaders.lengths import Lengths
 from vlm_dagster.loaders.options import (
     Balance,
     Form,
@@ -29,10 +32,18 @@ from vlm_dagster.loaders.options import (
 )
 from vlm_dagster.loaders.pins import open_histories, tensor_columns
 from vlm_dagster.loaders.plan import Pool, make_plan
+from vlm_dagster.loaders.pool import ExampleKeys, order_of
 from vlm_dagster.loaders.ranks import rank_of_process, worker_of_process
 from vlm_dagster.loaders.reading import Dropped, EpochReader, Verify
-from vlm_dagster.loaders.report import Meter
-from vlm_dagster.loaders.schedule import Pieces, Schedule, by_count, make_schedule
+from vlm_dagster.loaders.report import Meter, Setup
+from vlm_dagster.loaders.schedule import (
+    Cut,
+    Pieces,
+    Schedule,
+    by_count,
+    by_tokens,
+    make_schedule,
+)
 from vlm_dagster.loaders.sources import DirectSource, UnitSource
 from vlm_dagster.loaders.state import LoaderFacts, Position
 from vlm_dagster.loaders.steps import Share
@@ -40,6 +51,10 @@ from vlm_dagster.pointers import PointerRef, PointerSnapshot
 from vlm_dagster.schema import Projection
 
 __all__ = ["SequenceLoader"]
+
+I64 = npt.NDArray[np.int64]
+
+_LOG = logging.getLogger("vlm_dagster.loader")
 
 _EXAMPLE_KEYS = ("user_id", "request_id", "request_time")
 
@@ -207,12 +222,30 @@ class SequenceLoader(IterableDataset[Batch]):
             drop_gone=gone == "drop",
             by_window=order == "time",
         )
+        self._lengths = Lengths(
+            self._plan,
+            self._pointers,
+            self._histories,
+            self._projections,
+            verify=verify != "off",
+            balance_length=balance_length,
+        )
         self._facts = self._find_facts()
         self._source: UnitSource = DirectSource(
             self._pointers, self._histories, self._projections, names, ArenaBuffers()
         )
         self._formed = ArenaBuffers()
         self._meter = Meter()
+        self._setup = Setup(
+            workers="threads",
+            num_readers=num_workers,
+            prefetch=prefetch,
+            form=form,
+            lanes=self._options.lanes,
+            world_size=self._world_size,
+            cached=False,
+            verify=verify,
+        )
         self._dropped = Dropped()
         self.epoch = 0
         self._num_done = 0
@@ -254,11 +287,25 @@ class SequenceLoader(IterableDataset[Batch]):
             pools = [pool for lanes in phases for lane in lanes for pool in lane]
             pools.sort(key=lambda pool: pool.number)
             schedule = make_schedule(
-                [[_whole(lane) for lane in lanes] for lanes in phases],
-                by_count(self._options.batch_size),
+                [[_whole(lane) for lane in lanes] for lanes in phases], self._cut(pools)
             )
             self._scheduled = self.epoch, pools, schedule
         return self._scheduled[1:]
+
+    def _cut(self, pools: Sequence[Pool]) -> Cut:
+        options = self._options
+        if options.max_tokens is None:
+            return by_count(options.batch_size)
+        found: dict[int, I64] = {}
+
+        def tokens(pool: int) -> I64:
+            if pool not in found:
+                keys = ExampleKeys.joined([self._lengths.of(unit) for unit in pools[pool].units])
+                order = order_of(options, self.epoch, pool, keys)
+                found[pool] = keys.tokens[order]
+            return found[pool]
+
+        return by_tokens(options.max_tokens, options.batch_size, tokens)
 
     def _share(self, begin: int, worker: int, num_workers: int) -> Share:
         share = Share(
@@ -284,7 +331,7 @@ class SequenceLoader(IterableDataset[Batch]):
                 'Start workers with multiprocessing_context="spawn", or make the loader in them.',
             )
         worker, num_workers = worker_of_process()
-        begin = self._num_done
+        epoch, begin = self.epoch, self._num_done
         share = self._share(begin, worker, num_workers)
         pools, schedule = self._schedule()
         reader = EpochReader(
@@ -299,7 +346,7 @@ class SequenceLoader(IterableDataset[Batch]):
             slots=_slots(schedule) if self._options.balance else None,
         )
         lanes_here = self._options.lanes // math.gcd(self._options.lanes, self._world_size)
-        stop = threading.Event()
+        stop = graph.Stop()
         batches = graph.run(
             graph.epoch_graph(
                 share,
@@ -316,18 +363,69 @@ class SequenceLoader(IterableDataset[Batch]):
             ),
             stop,
         )
+        self._note_uneven(share)
         try:
             for number in range(share.num_steps):
+                asked = time.perf_counter()
                 batch = next(batches)
+                self._count(batch, time.perf_counter() - asked, first=number == 0)
                 steps_done = number * num_workers + worker + 1
-                self._num_done = min(
-                    begin + steps_done * self._world_size, schedule.num_batches
-                )
+                self._num_done = min(begin + steps_done * self._world_size, schedule.num_batches)
+                given, used = time.perf_counter(), time.process_time()
                 yield batch
+                del batch  # its memory is free for the next one
+                self._meter.stepped(time.perf_counter() - given, time.process_time() - used)
         finally:
             # Dropping the graph stops its threads, also after an early break.
             del batches
         self.set_epoch(self.epoch + 1)
+        _LOG.info("epoch %d: %s", epoch, self.report()["sentence"])
+
+    def _count(self, batch: Batch, waited: float, *, first: bool) -> None:
+        sequences = batch.sequences.values()
+        self._meter.handed_out(
+            waited=waited,
+            first=first,
+            num_examples=batch.batch_size - batch.num_padding,
+            events=sum(sequence.num_events for sequence in sequences),
+            values=sum(sequence.num_values for sequence in sequences),
+            size=batch.num_bytes,
+        )
+
+    def _note_uneven(self, share: Share) -> None:
+        if share.num_extra or share.num_left_out:
+            what = (
+                f"{share.num_left_out:,} examples are left out"
+                if share.num_left_out
+                else f"{share.num_extra:,} examples are added"
+            )
+            _LOG.info("uneven=%r: %s at the end of the epoch", self._options.uneven, what)
+
+    def report(self) -> dict[str, Any]:
+        """The stall report since the loader was made, or since `reset_report`.
+
+        Keys: num_batches, num_examples, seconds, examples_per_second; first_batch_seconds;
+        starved_seconds and starved_share (of the trainer's time, without the first batch);
+        data_ready_ms (p50, p95, p99, max of what the trainer waited for a batch); stages (read and form:
+        busy_seconds, busy_share of their threads' time, waited_for_seconds); worker_waste (share of
+        the readers' time without work); cpu_share (of the cores, while the trainer computed);
+        bytes_read (as stored), bytes_out (of batches); dedupe_factor; dropped (num_examples, reasons);
+        uneven (policy, num_left_out, num_extra of all ranks); sentence, in plain words.
+        """
+        found = self._meter.report(self._setup)
+        found["bytes_read"] = self._source.bytes_read
+        found["dropped"] = self._dropped.to_json()
+        share = self._share(0, 0, 1)
+        found["uneven"] = {
+            "policy": self._options.uneven,
+            "num_left_out": share.num_left_out,
+            "num_extra": share.num_extra,
+        }
+        return found
+
+    def reset_report(self) -> None:
+        """Begin the stall report anew."""
+        self._meter.reset()
 
     # -- stopping and going on ------------------------------------------------------------------
 
@@ -397,9 +495,7 @@ def _trait_schema(snapshot: Snapshot, projection: Projection) -> pa.Schema:
 
 def _whole(pools: Sequence[Pool]) -> Pieces:
     sizes = np.array([pool.num_examples for pool in pools], np.int64)
-    return Pieces(
-        np.array([pool.number for pool in pools], np.int64), np.zeros_like(sizes), sizes
-    )
+    return Pieces(np.array([pool.number for pool in pools], np.int64), np.zeros_like(sizes), sizes)
 
 
 def _slots(schedule: Schedule) -> Callable[[int], Pieces]:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from vlm_dagster.errors import SchemaError
 
-__all__ = ["Balance", "Form", "OrderOptions", "OrderOf", "Uneven", "check_choice", "check_int"]
+__all__ = ["Balance", "Form", "OrderOf", "OrderOptions", "Uneven", "check_choice", "check_int"]
 
 Form = Literal["expanded", "views", "deduplicated"]
 OrderOf = Literal["shuffled", "stored", "time"]

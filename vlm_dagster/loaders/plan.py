@@ -105,7 +105,9 @@ class Plan:
         num_events = num_examples = 0
         for i in order:
             unit = self.units[i]
-            full = len(held) >= options.mix or num_events + unit.num_events > options.events_per_pool
+            full = (
+                len(held) >= options.mix or num_events + unit.num_events > options.events_per_pool
+            )
             if held and full:
                 yield Pool(number, tuple(held), num_examples)
                 number += 1

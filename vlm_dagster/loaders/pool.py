@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from vlm_dagster.hashing import run_lengths
 from vlm_dagster.loaders.materialize import UnitData
 from vlm_dagster.loaders.options import OrderOptions
 from vlm_dagster.loaders.schedule import Pieces
-from vlm_dagster.hashing import run_lengths
 
 __all__ = ["ExampleKeys", "PoolData", "dealt", "order_of"]
 

@@ -119,9 +119,7 @@ def by_count(batch_size: int) -> Cut:
     return cut
 
 
-def by_tokens(
-    max_tokens: int, batch_size: int, tokens: Callable[[int], npt.NDArray[np.integer]]
-) -> Cut:
+def by_tokens(max_tokens: int, batch_size: int, tokens: Callable[[int], I64]) -> Cut:
     """Batches of at most so many tokens and examples; an example with more tokens is one by itself.
 
     Args:

@@ -41,6 +41,11 @@ class UnitSource(Protocol):
         """
         ...
 
+    @property
+    def bytes_read(self) -> int | None:
+        """Of files, as stored, footers aside, since the source was made; None if unknown."""
+        ...
+
     def close(self) -> None:
         """Let go of all that the source holds, promptly, whatever is being read. Units that were
         handed out stay whole; closing twice is fine."""
@@ -70,6 +75,10 @@ class DirectSource:
         self._projections = dict(projections)
         self._columns = tuple(columns)
         self._buffers = buffers or ArenaBuffers()
+        self._stats = [pointers.stats, *(found.stats for found in histories.values())]
+        for stats in self._stats:
+            stats.counts_bytes = True
+        self._bytes_before = sum(stats.data_bytes for stats in self._stats)
 
     def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
         """As `UnitSource.read`."""
@@ -84,6 +93,11 @@ class DirectSource:
             verify=verify,
             buffers=self._buffers,
         )
+
+    @property
+    def bytes_read(self) -> int:
+        """As `UnitSource.bytes_read`; of the tables, so what others read from them counts too."""
+        return sum(stats.data_bytes for stats in self._stats) - self._bytes_before
 
     def close(self) -> None:
         """Nothing is held but memory, which goes with the source."""

@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from vlm_dagster.errors import SchemaError
 from vlm_dagster.loaders.options import Uneven
 from vlm_dagster.loaders.schedule import Pieces, Schedule
 
@@ -45,6 +44,10 @@ class Share:
         world_size: ranks, each of which gets a batch a step.
         rank: this one.
         worker, num_workers: of the processes that share out this rank's steps.
+
+    Attributes:
+        num_left_out: examples that no rank gets, because `uneven` is "drop".
+        num_extra: examples that ranks get beside those of the epoch, repeated or empty.
     """
 
     def __init__(
@@ -68,16 +71,18 @@ class Share:
         if uneven == "drop" and batch_size is not None and not schedule.last_is_full:
             usable -= 1
         left = max(usable - begin, 0)
-        self.left_out = 0
+        self.num_left_out = self.num_extra = 0
         if uneven == "drop":
             steps = left // world_size
-            begin_of_rest = min(begin + steps * world_size, total)
-            rest = schedule.pieces[slice(int(schedule.offsets[begin_of_rest]), None)]
-            self.left_out = rest.num_examples if begin < total else 0
+            rest = min(begin + steps * world_size, total)
+            pieces = schedule.pieces[slice(int(schedule.offsets[rest]), None)]
+            self.num_left_out = pieces.num_examples
         elif uneven == "keep":
             steps = max(-(-(left - rank) // world_size), 0)
         else:
             steps = -(-left // world_size)
+            extra = range(max(total - 1, 0), begin + steps * world_size)
+            self.num_extra = sum(self._num_extra(batch) for batch in extra)
         numbers = np.arange(steps, dtype=np.int64)[worker::num_workers]
         self._batches = begin + numbers * world_size + rank
 
@@ -108,6 +113,11 @@ class Share:
             return self._filled(pieces, missing), 0
         return pieces, 0
 
+    def _num_extra(self, batch: int) -> int:
+        pieces, padding = self._content(batch)
+        there = self._schedule.batch(batch) if batch < self._schedule.num_batches else Pieces.none()
+        return pieces.num_examples + padding - there.num_examples
+
     def _filled(self, pieces: Pieces, missing: int) -> Pieces:
         """Filled up with examples from the epoch's beginning, over and over where it has too few."""
         parts = [pieces]
@@ -135,8 +145,3 @@ class Share:
         for number in range(plain, len(batches)):
             found[self._content(int(batches[number]))[0].pool] = number
         return found
-
-    def check(self) -> None:
-        """SchemaError where nothing is there to repeat."""
-        if self._uneven == "repeat" and not self._schedule.num_batches:
-            raise SchemaError("there is no example to repeat", "Name windows that have requests.")

@@ -16,6 +16,7 @@ from vlm_dagster.history.snapshot import SnapshotRef, prefix_digest
 from vlm_dagster.pointers.spec import PointerSpec
 from vlm_dagster.sealed import SealedTable, SealedWindow, TableState, VerifyReport
 from vlm_dagster.sealed.gone import Removal
+from vlm_dagster.sealed.stats import ReadStats
 from vlm_dagster.sealed.verify import verify
 from vlm_dagster.storage import redact
 
@@ -94,6 +95,11 @@ class PointerSnapshot:
     @property
     def uri(self) -> str:
         return self._table.uri
+
+    @property
+    def stats(self) -> ReadStats:
+        """What was read of the dataset through its handle, by this snapshot and others."""
+        return self._table.stats
 
     @property
     def num_buckets(self) -> int:

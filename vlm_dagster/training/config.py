@@ -66,8 +66,8 @@ class TrainingConfig:
             for this reason is not reproducible bit by bit.
         seed: seeds weights, dropout, negatives and the order of examples.
         num_workers: the loader's, per rank.
-        shuffle_units: how many of the loader's units have their examples shuffled with each
-            other. Few make a short run see few users; the loader's memory grows with it.
+        mix: how many of the loader's units have their examples shuffled with each other, see
+            `SequenceLoader`. Few make a short run see few users; the loader's memory grows with it.
         gone: what happens where examples point at events that were erased, or dropped by age: "fail",
             or "drop" these examples and count them.
         device: "auto" (CUDA if there is one, else the CPU), "cpu" or "cuda".
@@ -103,7 +103,7 @@ class TrainingConfig:
     max_seconds: float | None = None
     seed: int = 0
     num_workers: int = 2
-    shuffle_units: int = 64
+    mix: int = 64
     gone: Literal["fail", "drop"] = "fail"
     device: str = "auto"
     num_threads: int | None = None
@@ -151,12 +151,11 @@ class TrainingConfig:
         for name in (
             "batch_size",
             "epochs",
-            "shuffle_units",
             "vocabulary_min_count",
             "eval_batch_size",
         ):
             _check_int(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "seed", "num_workers"):
+        for name in ("warmup_steps", "seed", "num_workers", "mix"):
             _check_int(name, getattr(self, name), 0)
         for name in ("max_steps", "num_threads", "vocabulary_max_size", "eval_max_examples"):
             if getattr(self, name) is not None:

@@ -68,9 +68,10 @@ def open_loader(
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
-        shuffle=shuffle,
+        order="shuffled" if shuffle else "stored",
         num_workers=config.num_workers,
-        units_per_chunk=config.shuffle_units if shuffle else 1,
+        mix=config.mix,
+        lanes=None if shuffle else world.size,
         gone=config.gone,
         uneven="keep",  # every example exactly once; the training loop copes with unequal ranks
         pin_memory=world.device.type == "cuda",

@@ -1,0 +1,84 @@
+"""How long the sequences of examples are, read from the pointers alone: what cutting batches by tokens
+needs to know before any history is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from vlm_dagster.history import Snapshot
+from vlm_dagster.loaders.plan import Plan, Unit
+from vlm_dagster.loaders.pool import ExampleKeys
+from vlm_dagster.loaders.readable import readable
+from vlm_dagster.pointers import PointerSnapshot
+from vlm_dagster.pointers.spec import pointer_fields
+from vlm_dagster.schema import Projection
+
+__all__ = ["Lengths"]
+
+I64 = npt.NDArray[np.int64]
+
+
+class Lengths:
+    """The keys of a plan's examples, unit by unit; kept once read, some 32 bytes an example.
+
+    Args:
+        verify: whether checksums will be verified, which decides what examples can be rebuilt.
+        balance_length: see `OrderOptions`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        pointers: PointerSnapshot,
+        histories: Mapping[str, Snapshot],
+        projections: Mapping[str, Projection],
+        *,
+        verify: bool,
+        balance_length: int,
+    ) -> None:
+        self._plan = plan
+        self._pointers = pointers
+        self._histories = histories
+        self._projections = projections
+        self._verify = verify
+        self._balance_length = balance_length
+        self._found: dict[int, ExampleKeys] = {}
+
+    def of(self, unit: int) -> ExampleKeys:
+        """Of the examples of a unit, in file order."""
+        if unit not in self._found:
+            self._found[unit] = self._read(self._plan.units[unit])
+        return self._found[unit]
+
+    def _read(self, unit: Unit) -> ExampleKeys:
+        pointers = self._pointers if unit.window is None else self._pointers.only(unit.window)
+        users = self._plan.users_of(unit)
+        index = pointers.bucket_index(unit.bucket, users)
+        counts = index.num_events
+        fields = {group: pointer_fields(group) for group in self._projections}
+        names = [f[part] for f in fields.values() for part in ("end_position", "length")]
+        read = index.read(["request_time", *names], np.zeros_like(counts), counts)
+        rank = np.repeat(np.arange(len(users)), counts)
+        keep = np.ones(len(rank), bool)
+        lengths = {}
+        for group, projection in self._projections.items():
+            end, length = (
+                np.asarray(read.columns[fields[group][part]]) for part in ("end_position", "length")
+            )
+            gone = self._histories[group].gone_of(users)
+            most = projection.max_length
+            keep &= readable(gone, rank, end, length, most, verify=self._verify)
+            lengths[group] = length if most is None else np.minimum(length, most)
+        if not keep.all():
+            lengths = {group: length[keep] for group, length in lengths.items()}
+        kept = pa.array(keep)
+        return ExampleKeys.of(
+            pa.array(rank).filter(kept),
+            read.columns["request_time"].filter(kept),
+            lengths,
+            self._balance_length,
+        )
