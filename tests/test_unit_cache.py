@@ -1,0 +1,467 @@
+"""The cache of decoded units: it never gives what would not have been read, whatever is in its folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from unit_sources import COLUMNS, PROJECTIONS, World, assert_same, opened, world_in
+
+from vlm_dagster import HistoryStore, PointerDataset, Projection
+from vlm_dagster.errors import SchemaError, StorageError
+from vlm_dagster.loaders.cache import CachedSource, clear_cache
+from vlm_dagster.loaders.cache_facts import CacheFacts
+from vlm_dagster.loaders.materialize import UnitData
+from vlm_dagster.loaders.plan import Unit
+from vlm_dagster.loaders.sources import UnitSource
+
+
+class Counting:
+    """A source that counts what is read of it, and notes what was to be verified."""
+
+    def __init__(self, source: UnitSource) -> None:
+        self.source = source
+        self.verified: list[bool] = []
+        self.closed = False
+
+    def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
+        self.verified.append(verify)
+        return self.source.read(unit, user_ids, verify=verify)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return world_in(tmp_path_factory.mktemp("tables"))
+
+
+def facts_of(world: World, columns: Sequence[str] = COLUMNS) -> CacheFacts:
+    return CacheFacts.of(world.pointers, world.histories, world.projections, columns)
+
+
+def cached(world: World, folder: Path, max_bytes: int = 1 << 30) -> tuple[CachedSource, Counting]:
+    behind = Counting(world.direct())
+    return CachedSource(behind, folder, facts_of(world), max_bytes=max_bytes), behind
+
+
+def epoch(source: UnitSource, world: World, *, verify: bool = True) -> list[UnitData]:
+    return [source.read(u, world.plan.users_of(u), verify=verify) for u in world.plan.units]
+
+
+def assert_right(units: list[UnitData], world: World) -> None:
+    for found, wanted in zip(units, epoch(world.direct(), world), strict=True):
+        assert_same(found, wanted)
+
+
+def files_of(folder: Path, pattern: str = "*.unit") -> list[Path]:
+    return sorted(folder.glob(f"*/{pattern}"))
+
+
+def num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in files_of(folder))
+
+
+def test_a_second_epoch_reads_nothing_and_gives_the_same(world: World, tmp_path: Path) -> None:
+    source, behind = cached(world, tmp_path)
+    assert_right(epoch(source, world), world)
+    assert len(behind.verified) == len(world.plan.units) == source.num_written
+    assert_right(epoch(source, world), world)
+    again, untouched = cached(opened(Path(world.pointers.uri).parent), tmp_path)
+    assert_right(epoch(again, world), world)
+    assert len(behind.verified) == source.num_misses == source.num_hits == len(world.plan.units)
+    assert untouched.verified == []
+    again.close()
+    assert untouched.closed
+
+
+def test_units_stay_whole_while_their_memory_is_used_again(world: World, tmp_path: Path) -> None:
+    source, _ = cached(world, tmp_path)
+    epoch(source, world)
+    kept = [epoch(source, world) for _ in range(3)]
+    for units in kept:
+        assert_right(units, world)
+
+
+def test_what_was_kept_unverified_is_verified_when_asked_for(world: World, tmp_path: Path) -> None:
+    source, behind = cached(world, tmp_path)
+    number = len(world.plan.units)
+    epoch(source, world, verify=False)
+    epoch(source, world, verify=False)
+    assert behind.verified == [False] * number
+    epoch(source, world, verify=True)
+    assert behind.verified == [False] * number + [True] * number
+    epoch(source, world, verify=True)
+    epoch(source, world, verify=False)
+    assert len(behind.verified) == 2 * number
+    assert len(files_of(tmp_path)) == number
+
+
+@pytest.mark.parametrize(
+    "projections",
+    [
+        {**PROJECTIONS, "views": Projection(["item_id"])},
+        {**PROJECTIONS, "views": Projection(["available_at", "item_id"])},
+        {**PROJECTIONS, "views": Projection(["item_id", "available_at"], max_length=20)},
+        {"views": PROJECTIONS["views"], "ratings": PROJECTIONS["ratings"]},
+        {"views": PROJECTIONS["views"]},
+    ],
+)
+def test_another_projection_never_hits(
+    world: World, tmp_path: Path, projections: dict[str, Projection]
+) -> None:
+    epoch(cached(world, tmp_path)[0], world)
+    other = opened(Path(world.pointers.uri).parent, projections)
+    source, behind = cached(other, tmp_path)
+    assert_right(epoch(source, other), other)
+    assert len(behind.verified) == len(other.plan.units)
+
+
+def test_other_columns_windows_and_users_never_hit(world: World, tmp_path: Path) -> None:
+    epoch(cached(world, tmp_path)[0], world)
+    fewer = CachedSource(
+        Counting(world.spec.open()), tmp_path, facts_of(world, COLUMNS[:3]), max_bytes=1 << 30
+    )
+    unit = world.plan.units[0]
+    fewer.read(unit, world.plan.users_of(unit), verify=True)
+    assert (fewer.num_hits, fewer.num_misses) == (0, 1)
+
+    dataset = PointerDataset.open(world.pointers.uri)
+    two = dataset.ref([window.window.key for window in world.pointers.windows[:2]]).open()
+    facts = CacheFacts.of(two, world.histories, world.projections, COLUMNS)
+    assert facts.digest != facts_of(world).digest
+
+    source, _ = cached(world, tmp_path)
+    users = world.plan.users_of(unit)
+    source.read(unit, users.slice(1), verify=True)
+    assert (source.num_hits, source.num_misses) == (0, 1)
+    source.read(unit, pa.concat_arrays([users.slice(0, 1), users.slice(1)]), verify=True)
+    assert source.num_hits == 1
+
+
+def test_another_digest_never_hits_and_a_compaction_does_not_matter(tmp_path: Path) -> None:
+    world = world_in(tmp_path / "tables", num_events=120, num_users=6)
+    folder = tmp_path / "cache"
+    epoch(cached(world, folder)[0], world)
+    store = HistoryStore.open(world.histories["views"].uri)
+    store.compact(fanout=2)
+    compacted = opened(tmp_path / "tables")
+    assert compacted.histories["views"].version > world.histories["views"].version
+    source, behind = cached(compacted, folder)
+    assert_right(epoch(source, compacted), compacted)
+    assert behind.verified == []
+    snapshot = store.snapshot()
+    store.seal("1997-09-24", pa.table({n: pa.array([], t) for n, t in [
+        ("user_id", pa.int64()), ("event_id", pa.int64()),
+        ("event_time", pa.timestamp("us", "UTC")), ("available_at", pa.timestamp("us", "UTC")),
+        ("item_id", pa.int64()), ("rating", pa.float32()), ("title", pa.string()),
+        ("liked", pa.bool_()),
+    ]}))  # fmt: skip
+    assert store.snapshot().digest != snapshot.digest
+    source, behind = cached(opened(tmp_path / "tables"), folder)
+    epoch(source, compacted)
+    assert source.num_hits == 0
+
+
+def test_a_byte_that_is_flipped_anywhere_is_found_and_mended(world: World, tmp_path: Path) -> None:
+    source, _ = cached(world, tmp_path)
+    unit = max(world.plan.units, key=lambda one: one.num_events)
+    users = world.plan.users_of(unit)
+    wanted = source.read(unit, users, verify=True)
+    (path,) = files_of(tmp_path)
+    whole = path.read_bytes()
+    places = [*range(64), *range(64, len(whole), max(len(whole) // 150, 1)), len(whole) - 1]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        assert_same(source.read(unit, users, verify=True), wanted)
+        assert path.read_bytes() == whole
+    assert source.num_damaged == len(places) == source.num_misses - 1
+
+
+@pytest.mark.parametrize("kept", [0, 1, 63, 64, 1000, -8, -1])
+def test_a_file_that_is_cut_or_too_long_is_found_and_mended(
+    world: World, tmp_path: Path, kept: int
+) -> None:
+    source, _ = cached(world, tmp_path)
+    unit = world.plan.units[0]
+    users = world.plan.users_of(unit)
+    wanted = source.read(unit, users, verify=True)
+    (path,) = files_of(tmp_path)
+    whole = path.read_bytes()
+    for content in (whole[:kept], whole + bytes(8), bytes(len(whole)), b""):
+        path.write_bytes(content)
+        assert_same(source.read(unit, users, verify=True), wanted)
+        assert path.read_bytes() == whole
+    assert source.num_damaged == 4
+
+
+def test_rows_of_the_checksum_that_change_places_are_found(world: World, tmp_path: Path) -> None:
+    source, _ = cached(world, tmp_path)
+    unit = max(world.plan.units, key=lambda one: one.num_events)
+    source.read(unit, world.plan.users_of(unit), verify=True)
+    (path,) = files_of(tmp_path)
+    whole = path.read_bytes()
+    body = whole[64:]
+    assert len(body) > 3 * 4096
+    swapped = body[4096:8192] + body[:4096] + body[8192:]
+    words = body[8:16] + body[:8] + body[16:]
+    shifted = bytes(8) + body[:-8]
+    for content in (swapped, words, shifted):
+        assert content != body
+        path.write_bytes(whole[:64] + content)
+        source.read(unit, world.plan.users_of(unit), verify=True)
+    assert source.num_damaged == 3
+
+
+def test_a_file_under_another_units_name_is_not_taken_for_it(world: World, tmp_path: Path) -> None:
+    source, _ = cached(world, tmp_path)
+    epoch(source, world)
+    first, second = files_of(tmp_path)[:2]
+    second.replace(first)
+    assert_right(epoch(source, world), world)
+    assert source.num_damaged == 1
+
+
+FILL = """
+import sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from test_unit_cache import cached, epoch
+from unit_sources import opened
+
+world = opened(Path({tables!r}))
+print("ready", flush=True)
+sys.stdin.readline()
+source, behind = cached(world, Path({folder!r}), {max_bytes})
+for _ in range({epochs}):
+    epoch(source, world)
+print(source.num_damaged, flush=True)
+"""
+
+
+def filler(
+    world: World, folder: Path, epochs: int = 1, max_bytes: int = 1 << 30
+) -> subprocess.Popen[str]:
+    code = FILL.format(
+        path=[str(Path(__file__).parent), *sys.path],
+        tables=str(Path(world.pointers.uri).parent),
+        folder=str(folder),
+        max_bytes=max_bytes,
+        epochs=epochs,
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    found = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert found.stdout is not None
+    assert found.stdout.readline() == "ready\n"
+    return found
+
+
+def go(*processes: subprocess.Popen[str]) -> None:
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+
+
+def test_processes_that_write_at_once_disturb_nobody(world: World, tmp_path: Path) -> None:
+    processes = [filler(world, tmp_path, epochs=2) for _ in range(3)]
+    go(*processes)
+    for process in processes:
+        assert process.communicate()[0] == "0\n"
+        assert process.returncode == 0
+    source, behind = cached(world, tmp_path)
+    assert_right(epoch(source, world), world)
+    assert behind.verified == []
+    assert files_of(tmp_path, "*.tmp") == []
+
+
+def test_processes_that_evict_each_others_units_disturb_nobody(
+    world: World, tmp_path: Path
+) -> None:
+    epoch(cached(world, tmp_path)[0], world)
+    limit = num_bytes(tmp_path) // 3
+    processes = [filler(world, tmp_path, epochs=3, max_bytes=limit) for _ in range(2)]
+    go(*processes)
+    source, _ = cached(world, tmp_path, limit)
+    for _ in range(3):
+        assert_right(epoch(source, world), world)
+    for process in processes:
+        assert process.communicate()[0] == "0\n"
+        assert process.returncode == 0
+    assert num_bytes(tmp_path) <= limit * (1 + 3 / 16)
+
+
+def test_a_writer_that_is_killed_leaves_nothing_that_is_read(world: World, tmp_path: Path) -> None:
+    for delay in (0.0, 0.02, 0.05, 0.1):
+        process = filler(world, tmp_path, epochs=1)
+        go(process)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+    source, _ = cached(world, tmp_path)
+    assert_right(epoch(source, world), world)
+    assert_right(epoch(source, world), world)
+    assert source.num_damaged == 0
+
+
+def test_what_killed_writers_left_is_swept_but_not_what_is_being_written(
+    world: World, tmp_path: Path
+) -> None:
+    source, _ = cached(world, tmp_path)
+    epoch(source, world)
+    home = files_of(tmp_path)[0].parent
+    left, young = home / "left.tmp", home / "young.tmp"
+    for path in (left, young):
+        path.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    cached(world, tmp_path)
+    assert files_of(tmp_path, "*.tmp") == [young]
+
+
+def test_threads_share_a_cache(world: World, tmp_path: Path) -> None:
+    source, _ = cached(world, tmp_path)
+    found: dict[int, list[UnitData]] = {}
+
+    def read(number: int) -> None:
+        found[number] = epoch(source, world)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for units in found.values():
+        assert_right(units, world)
+
+
+def test_the_longest_unused_units_of_others_go_first_and_the_limit_holds(
+    world: World, tmp_path: Path
+) -> None:
+    epoch(cached(world, tmp_path)[0], world)
+    total = num_bytes(tmp_path)
+    old, recent = files_of(tmp_path)[:5], files_of(tmp_path)[5:]
+    for number, path in enumerate(old):
+        os.utime(path, (number, number))
+    narrow = opened(Path(world.pointers.uri).parent, {"views": Projection(["item_id"])})
+    source, _ = cached(narrow, tmp_path, total)
+    unit = narrow.plan.units[0]
+    source.read(unit, narrow.plan.users_of(unit), verify=True)
+    left = files_of(tmp_path)
+    assert old[0] not in left
+    assert set(recent) < set(left)
+    assert num_bytes(tmp_path) <= total
+    assert source.num_written == 1
+
+
+def test_of_an_epoch_larger_than_the_cache_a_part_is_kept(world: World, tmp_path: Path) -> None:
+    epoch(cached(world, tmp_path)[0], world)
+    limit = num_bytes(tmp_path) // 2
+    clear_cache(tmp_path)
+    source, _ = cached(world, tmp_path, limit)
+    epoch(source, world)
+    kept = source.num_written
+    assert 0 < kept < len(world.plan.units)
+    assert num_bytes(tmp_path) <= limit
+    for number in (1, 2):
+        assert_right(epoch(source, world), world)
+        assert source.num_hits == number * kept
+    assert source.num_written == kept
+
+
+def test_nothing_is_kept_in_no_room(world: World, tmp_path: Path) -> None:
+    source, _ = cached(world, tmp_path, 0)
+    assert_right(epoch(source, world), world)
+    assert files_of(tmp_path, "*.unit") == files_of(tmp_path, "*.tmp") == []
+    with pytest.raises(SchemaError, match="cache_bytes=-1"):
+        cached(world, tmp_path, -1)
+
+
+def test_a_full_disk_turns_writing_off_with_one_warning(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_dagster.loaders import cache_file
+
+    source, _ = cached(world, tmp_path)
+    units = world.plan.units
+    source.read(units[0], world.plan.users_of(units[0]), verify=True)
+    failing: list[int] = []
+
+    def full(file: Any, memory: Any) -> None:
+        file.write(b"a part of it")
+        failing.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_file, "_write_all", full)
+    with pytest.warns(RuntimeWarning, match="No space left on device") as warned:
+        assert_right(epoch(source, world), world)
+    assert len(warned) == len(failing) == 1
+    assert_right(epoch(source, world), world)
+    assert source.num_hits == 2
+    assert len(files_of(tmp_path)) == 1
+    assert files_of(tmp_path, "*.tmp") == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_and_named(world: World, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        cached(world, tmp_path / "file" / "cache")
+
+
+def test_a_new_folder_is_readable_by_its_owner_only(world: World, tmp_path: Path) -> None:
+    cached(world, tmp_path / "cache")
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
+def test_clearing_takes_all_units_and_nothing_else(world: World, tmp_path: Path) -> None:
+    source, _ = cached(world, tmp_path)
+    epoch(source, world)
+    (tmp_path / "mine.txt").write_text("keep")
+    clear_cache(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    clear_cache(tmp_path / "nowhere")
+    with pytest.warns(RuntimeWarning, match="nothing more is put there"):
+        assert_right(epoch(source, world), world)
+    assert files_of(tmp_path) == []
+
+
+def test_events_of_erased_users_leave_the_cache_when_it_is_opened(tmp_path: Path) -> None:
+    world = world_in(tmp_path / "tables", num_events=200, num_users=8)
+    folder = tmp_path / "cache"
+    epoch(cached(world, folder)[0], world)
+    narrow = opened(tmp_path / "tables", {"ratings": Projection(["item_id"], max_length=2)})
+    epoch(cached(narrow, folder)[0], narrow)
+    only_views = opened(tmp_path / "tables", {"views": Projection(["item_id"])})
+    views_facts = facts_of(only_views)
+    assert len(list(folder.iterdir())) == 2
+    HistoryStore.open(world.histories["ratings"].uri).erase([0], reason="asked for")
+    after = opened(tmp_path / "tables")
+    source, behind = cached(after, folder)
+    assert [json.loads((home / "facts.json").read_text()) for home in folder.iterdir()] == []
+    assert_right(epoch(source, after), after)
+    assert len(behind.verified) == len(after.plan.units)
+    assert all(
+        0 not in unit.examples["user_id"].to_pylist() or not unit.arenas["ratings"].lengths.any()
+        for unit in epoch(source, after)
+    )
+    again, untouched = cached(opened(tmp_path / "tables"), folder)
+    assert_right(epoch(again, after), after)
+    assert untouched.verified == []
+    # Whoever still has the state from before open takes nothing away from others.
+    CachedSource(world.direct(), folder, facts_of(world), max_bytes=1 << 30)
+    CachedSource(only_views.direct(), folder, views_facts, max_bytes=1 << 30)
+    assert_right(epoch(again, after), after)
+    assert untouched.verified == []
