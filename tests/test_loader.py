@@ -156,7 +156,9 @@ def test_ranks_keep_drop_repeat_or_pad_their_surplus(
         assert [content(b) for b in short] == found[: len(short)]
         assert [content(b) for b in longer[: len(found)]] == found
         assert [content(b) for b in filled[: len(found)]] == found
-    rest = [pair for rank in padded for b in rank for pair in ids([content(b)])[: 32 - b.num_padding]]
+    rest = [
+        pair for rank in padded for b in rank for pair in ids([content(b)])[: 32 - b.num_padding]
+    ]
     assert sorted(rest) == everything
 
 

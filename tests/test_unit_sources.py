@@ -50,7 +50,7 @@ def test_a_spec_survives_pickling_and_opens_to_the_same_units(world: World) -> N
 
 
 def test_a_unit_of_nobody_is_empty(world: World) -> None:
-    found = world.direct().read(Unit(0, 0, 0, 0, 0), pa.array([], pa.int64()), verify=True)
+    found = world.direct().read(Unit(None, 0, 0, 0, 0, 0), pa.array([], pa.int64()), verify=True)
     assert found.num_examples == 0
     assert len(found.arenas["ratings"].columns["title"]) == 0
 

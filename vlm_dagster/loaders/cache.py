@@ -140,9 +140,14 @@ class CachedSource:
         if found is not None:
             return found
         read = self._source.read(unit, user_ids, verify=verify)
-        if self._writes:
+        if self._writes and read.bad is None:
             self._keep(path, key, read, verified=verify)
         return read
+
+    @property
+    def bytes_read(self) -> int | None:
+        """As `UnitSource.bytes_read`: of the tables, not of the folder."""
+        return self._source.bytes_read
 
     def close(self) -> None:
         """Close the source behind; the folder stays."""

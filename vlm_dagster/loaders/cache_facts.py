@@ -42,8 +42,10 @@ class CacheFacts:
         histories: Mapping[str, Snapshot],
         projections: Mapping[str, Projection],
         columns: Sequence[str],
+        *,
+        whole: bool | None = None,
     ) -> CacheFacts:
-        """The facts of what is open here."""
+        """The facts of what is open here; `whole` as `DirectSource` has it."""
         pin = pointers.ref()
         reads: list[dict[str, Any]] = [
             {
@@ -71,7 +73,14 @@ class CacheFacts:
                 }
             )
             erased[ref.table_id] = _num_erased(found.removals)
-        return cls({"format": _FORMAT, "pointers": reads[0], "histories": reads[1:]}, erased)
+        gone = any(read["removals"] for read in reads)
+        facts = {
+            "format": _FORMAT,
+            "whole": whole if gone else None,
+            "pointers": reads[0],
+            "histories": reads[1:],
+        }
+        return cls(facts, erased)
 
     @cached_property
     def digest(self) -> str:
@@ -80,9 +89,10 @@ class CacheFacts:
 
     def key_of(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> bytes:
         """[16] the key of a unit among those of the same facts. Where events have left, `verify`
-        decides which examples can be read (readable.py)."""
+        decides which examples can be read (readable.py), unless that is decided for all."""
         users = pa.record_batch([user_ids], names=["user_id"]).serialize()
-        hasher = hashlib.sha256(f"{unit.bucket} {verify and self._has_gone}\n".encode())
+        decides = verify and self._has_gone and self.reads["whole"] is None
+        hasher = hashlib.sha256(f"{unit.window} {unit.bucket} {decides}\n".encode())
         hasher.update(users)
         return hasher.digest()[:16]
 

@@ -19,6 +19,8 @@ from vlm_dagster.errors import LoaderError, SchemaError
 from vlm_dagster.history import ArenaBuffers, Snapshot, SnapshotRef
 from vlm_dagster.loaders import graph
 from vlm_dagster.loaders.batch import Batch
+from vlm_dagster.loaders.cache import CachedSource
+from vlm_dagster.loaders.cache_facts import CacheFacts
 from vlm_dagster.loaders.forming import BatchFormer
 from vlm_dagster.loaders.lengths import Lengths
 from vlm_dagster.loaders.options import (
@@ -100,6 +102,8 @@ class SequenceLoader(IterableDataset[Batch]):
         examples_per_unit: int = 1024,
         events_per_unit: int = 500_000,
         events_per_pool: int = 1_000_000,
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int = 64 << 30,
         histories: Mapping[str, str] | None = None,
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
@@ -142,6 +146,9 @@ class SequenceLoader(IterableDataset[Batch]):
             device: where batches go, without waiting for the transfer; None leaves them here.
             examples_per_unit, events_per_unit: what is read at once, at most (or one user).
             events_per_pool: of the units shuffled with each other, at most (or one unit).
+            cache: a local folder that keeps decoded units, so that later epochs and other runs over
+                the same snapshots need not decode them again; see docs/loading.md.
+            cache_bytes: of that folder, at most.
             histories: where the groups' tables lie now, if they were moved since pinning.
             storage_options: as deltalake takes them.
 
@@ -187,6 +194,8 @@ class SequenceLoader(IterableDataset[Batch]):
             "prefetch": prefetch,
             "pin_memory": pin_memory,
             "device": device,
+            "cache": cache,
+            "cache_bytes": cache_bytes,
             "histories": histories,
             "storage_options": storage_options,
         }
@@ -231,9 +240,7 @@ class SequenceLoader(IterableDataset[Batch]):
             balance_length=balance_length,
         )
         self._facts = self._find_facts()
-        self._source: UnitSource = DirectSource(
-            self._pointers, self._histories, self._projections, names, ArenaBuffers()
-        )
+        self._source = self._open_source(names, cache, cache_bytes)
         self._formed = ArenaBuffers()
         self._meter = Meter()
         self._setup = Setup(
@@ -243,13 +250,24 @@ class SequenceLoader(IterableDataset[Batch]):
             form=form,
             lanes=self._options.lanes,
             world_size=self._world_size,
-            cached=False,
+            cached=cache is not None,
             verify=verify,
         )
         self._dropped = Dropped()
         self.epoch = 0
         self._num_done = 0
         self._scheduled: tuple[int, list[Pool], Schedule] | None = None
+
+    def _open_source(
+        self, columns: Sequence[str], cache: str | os.PathLike[str] | None, cache_bytes: int
+    ) -> UnitSource:
+        whole = self._verify != "off"
+        what = (self._pointers, self._histories, self._projections, columns)
+        source: UnitSource = DirectSource(*what, ArenaBuffers(), whole=whole)
+        if cache is not None:
+            facts = CacheFacts.of(*what, whole=whole)
+            source = CachedSource(source, cache, facts, max_bytes=cache_bytes)
+        return source
 
     # -- what there is --------------------------------------------------------------------------
 

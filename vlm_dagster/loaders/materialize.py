@@ -77,6 +77,7 @@ def materialize(
     *,
     columns: Sequence[str],
     verify: bool,
+    whole: bool | None = None,
     buffers: ArenaBuffers | None = None,
 ) -> UnitData:
     """Read the examples of some users, and the stretches of history that they point into.
@@ -91,6 +92,8 @@ def materialize(
         verify: recompute every pointer's checksum from the events first. It spans the pointer's
             full length, so this reads the ids of events that the projection cuts off, a bounded
             number at a time.
+        whole: leave out examples of which something that only their checksums span is gone. None
+            does so where they are verified.
         buffers: memory to read into; it comes back when the unit is dropped. Fresh memory if None.
 
     Raises:
@@ -117,7 +120,10 @@ def materialize(
     keep = np.ones(len(rank), bool)
     for group, projection in projections.items():
         end, length = pointer[group]["end_position"], pointer[group]["length"]
-        keep &= readable(gone[group], rank, end, length, projection.max_length, verify=verify)
+        most = projection.max_length
+        keep &= readable(
+            gone[group], rank, end, length, most, verify=verify if whole is None else whole
+        )
     examples = {name: read.columns[name] for name in columns}
     if not keep.all():
         rank = rank[keep]

@@ -59,6 +59,7 @@ class DirectSource:
         histories: one snapshot a group, in which all of the pointers hold.
         projections: what to read of each group.
         columns: of the examples.
+        whole: leave out examples that could not be verified, whether they are or not.
         buffers: memory to read into, over and over; its own if None.
     """
 
@@ -69,11 +70,14 @@ class DirectSource:
         projections: Mapping[str, Projection],
         columns: Sequence[str],
         buffers: ArenaBuffers | None = None,
+        *,
+        whole: bool | None = None,
     ) -> None:
         self._pointers = pointers
         self._histories = dict(histories)
         self._projections = dict(projections)
         self._columns = tuple(columns)
+        self._whole = whole
         self._buffers = buffers or ArenaBuffers()
         self._stats = [pointers.stats, *(found.stats for found in histories.values())]
         for stats in self._stats:
@@ -91,6 +95,7 @@ class DirectSource:
             user_ids,
             columns=self._columns,
             verify=verify,
+            whole=self._whole,
             buffers=self._buffers,
         )
 
@@ -112,6 +117,7 @@ class ReadSpec:
         histories: the pinned snapshot of each group, where it lies now.
         projections: what to read of each group.
         columns: of the examples.
+        whole: see `DirectSource`.
         storage_options: as deltalake takes them. Never shown, but pickled: a spec holds credentials.
     """
 
@@ -119,6 +125,7 @@ class ReadSpec:
     histories: Mapping[str, SnapshotRef]
     projections: Mapping[str, Projection]
     columns: tuple[str, ...]
+    whole: bool | None = None
     storage_options: Mapping[str, str] | None = field(default=None, repr=False)
 
     @classmethod
@@ -129,6 +136,8 @@ class ReadSpec:
         projections: Mapping[str, Projection],
         columns: Sequence[str],
         storage_options: Mapping[str, str] | None = None,
+        *,
+        whole: bool | None = None,
     ) -> ReadSpec:
         """The spec of what is open here. A pin of a table that was moved names its old place, so the
         snapshot's own comes in its stead."""
@@ -138,6 +147,7 @@ class ReadSpec:
             pins,
             dict(projections),
             tuple(columns),
+            whole,
             dict(storage_options) if storage_options else None,
         )
 
@@ -153,4 +163,5 @@ class ReadSpec:
             self.projections,
             self.columns,
             buffers,
+            whole=self.whole,
         )
