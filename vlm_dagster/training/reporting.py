@@ -101,6 +101,18 @@ class Reporter:
             f"checkpoint {manifest.digest[:12]} in {folder}"
         )
 
+    def loaded(self, report: Mapping[str, Any]) -> None:
+        """The stall report of this rank's loader."""
+        flat = {k: v for k, v in report.items() if not isinstance(v, Mapping) and v is not None}
+        self._metadata |= {f"loading/{name}": value for name, value in flat.items()}
+        for name, value in report["data_ready_ms"].items():
+            self._metadata[f"loading/data_ready_ms/{name}"] = value
+        for stage, figures in report["stages"].items():
+            self._metadata[f"loading/{stage}/busy_share"] = figures["busy_share"]
+        for part in ("dropped", "uneven"):
+            self._metadata[f"loading/{part}"] = {"raw_value": report[part], "type": "json"}
+        self.say(report["sentence"])
+
     def evaluated(self, result: Mapping[str, Any], path: Path) -> None:
         """An evaluation was written."""
         self._message("evaluated", {**result, "path": str(path)})

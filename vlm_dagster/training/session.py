@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ def _seed(seed: int, rank: int) -> None:
 
 def _train(
     config: TrainingConfig, world: World, stop: StopRequest, reporter: Reporter
-) -> tuple[TrainingSummary, HSTU, Vocabulary]:
+) -> tuple[TrainingSummary, HSTU, Vocabulary, dict[str, Any]]:
+    """Also returns the loader's stall report."""
     reporter.say("counting the items of the training windows")
     vocabulary = train_vocabulary(config)
     reporter.say(
@@ -77,7 +79,7 @@ def _train(
     _seed(config.seed, world.rank)
     model = HSTU(config.model, vocabulary.size).to(world.device)
     summary = train(model, batches_of, config, world=world, stop=stop, on_step=reporter.step)
-    return summary, model, vocabulary
+    return summary, model, vocabulary, loader.report()
 
 
 def run(config: TrainingConfig, world: World, stop: StopRequest, reporter: Reporter) -> int:
@@ -92,7 +94,7 @@ def run(config: TrainingConfig, world: World, stop: StopRequest, reporter: Repor
 
 def _run(config: TrainingConfig, world: World, stop: StopRequest, reporter: Reporter) -> int:
     folder = Path(config.checkpoint_dir)
-    summary, model, vocabulary = _train(config, world, stop, reporter)
+    summary, model, vocabulary, loading = _train(config, world, stop, reporter)
     if summary.num_steps and world.rank == 0:
         (folder / EVALUATION).unlink(missing_ok=True)  # it is about the checkpoint before
         manifest = save_checkpoint(
@@ -104,6 +106,7 @@ def _run(config: TrainingConfig, world: World, stop: StopRequest, reporter: Repo
             environment=_environment(world),
         )
         reporter.trained(summary, manifest, folder)
+        reporter.loaded(loading)
     world.barrier()  # the others read what the first has written
     if summary.stopped_by == "interrupt":
         saved = (
