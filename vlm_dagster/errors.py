@@ -29,6 +29,7 @@ __all__ = [
     "WatermarkError",
     "WindowError",
     "WindowSealedError",
+    "WorkerError",
 ]
 
 
@@ -274,3 +275,12 @@ class TrainingError(VlmError):
         at = "" if step is None else f"step {step}: "
         super().__init__(f"{at}{problem}. {way_out}")
         self.step = step
+
+
+class WorkerError(VlmError):
+    """A process that reads for a loader died, or cannot be asked any more. `exit_code` as
+    `subprocess` gives it: negative for a signal; None if it did not die."""
+
+    def __init__(self, problem: str, way_out: str, *, exit_code: int | None = None) -> None:
+        super().__init__(f"{problem}. {way_out}")
+        self.exit_code = exit_code
