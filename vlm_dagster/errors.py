@@ -257,7 +257,16 @@ class LoaderError(VlmError):
     """A loader cannot go on, for a reason that lies neither in its data nor in its options."""
 
     def __init__(self, problem: str, way_out: str) -> None:
-        super().__init__(f"loader: {problem}. {way_out}")
+        super().__init__(f"{problem}. {way_out}")
+
+
+class WorkerError(LoaderError):
+    """A process that reads for a loader died, or cannot be asked any more. `exit_code` as
+    `subprocess` gives it: negative for a signal; None if it did not die."""
+
+    def __init__(self, problem: str, way_out: str, *, exit_code: int | None = None) -> None:
+        super().__init__(problem, way_out)
+        self.exit_code = exit_code
 
 
 class CheckpointError(VlmError):
@@ -275,12 +284,3 @@ class TrainingError(VlmError):
         at = "" if step is None else f"step {step}: "
         super().__init__(f"{at}{problem}. {way_out}")
         self.step = step
-
-
-class WorkerError(VlmError):
-    """A process that reads for a loader died, or cannot be asked any more. `exit_code` as
-    `subprocess` gives it: negative for a signal; None if it did not die."""
-
-    def __init__(self, problem: str, way_out: str, *, exit_code: int | None = None) -> None:
-        super().__init__(f"{problem}. {way_out}")
-        self.exit_code = exit_code

@@ -35,6 +35,7 @@ from vlm_dagster.loaders.options import (
 from vlm_dagster.loaders.pins import open_histories, tensor_columns
 from vlm_dagster.loaders.plan import Pool, make_plan
 from vlm_dagster.loaders.pool import ExampleKeys, order_of
+from vlm_dagster.loaders.processes import ProcessSource
 from vlm_dagster.loaders.ranks import rank_of_process, worker_of_process
 from vlm_dagster.loaders.reading import Dropped, EpochReader, Verify
 from vlm_dagster.loaders.report import Meter, Setup
@@ -46,7 +47,7 @@ from vlm_dagster.loaders.schedule import (
     by_tokens,
     make_schedule,
 )
-from vlm_dagster.loaders.sources import DirectSource, UnitSource
+from vlm_dagster.loaders.sources import DirectSource, ReadSpec, UnitSource
 from vlm_dagster.loaders.state import LoaderFacts, Position
 from vlm_dagster.loaders.steps import Share
 from vlm_dagster.pointers import PointerRef, PointerSnapshot
@@ -95,6 +96,7 @@ class SequenceLoader(IterableDataset[Batch]):
         verify: Verify = "always",
         gone: Literal["fail", "drop"] = "fail",
         bad: Literal["fail", "drop"] = "fail",
+        workers: Literal["threads", "processes"] = "threads",
         num_workers: int = 2,
         prefetch: int = 2,
         pin_memory: bool = False,
@@ -140,7 +142,11 @@ class SequenceLoader(IterableDataset[Batch]):
             bad: what happens where a file is damaged or missing, or a checksum does not match: "fail",
                 or "drop" these examples, which makes batches smaller, and count and name them in
                 `report()`.
-            num_workers: threads that read and decode; 0 reads in the thread that forms batches.
+            workers: "threads" read in this process; "processes" are new interpreters, which decode
+                without sharing this one's lock, and hand units over in shared memory. They start with
+                the first pass and end with `close`, or with the loader.
+            num_workers: threads or processes that read and decode; 0 reads in the thread that forms
+                batches.
             prefetch: batches ready ahead; 0 forms them when they are asked for.
             pin_memory: page-lock batches, for transfers to a GPU; no effect without one.
             device: where batches go, without waiting for the transfer; None leaves them here.
@@ -174,6 +180,7 @@ class SequenceLoader(IterableDataset[Batch]):
             events_per_unit=events_per_unit,
             events_per_pool=events_per_pool,
         )
+        check_choice("workers", workers, ("threads", "processes"))
         check_int("num_workers", num_workers, 0)
         check_int("prefetch", prefetch, 0)
         check_choice("form", form, get_args(Form))
@@ -190,6 +197,7 @@ class SequenceLoader(IterableDataset[Batch]):
             "verify": verify,
             "gone": gone,
             "bad": bad,
+            "workers": workers,
             "num_workers": num_workers,
             "prefetch": prefetch,
             "pin_memory": pin_memory,
@@ -240,11 +248,15 @@ class SequenceLoader(IterableDataset[Batch]):
             balance_length=balance_length,
         )
         self._facts = self._find_facts()
-        self._source = self._open_source(names, cache, cache_bytes)
+        self._workers: Literal["threads", "processes"] = workers
+        self._cache = cache
+        self._cache_bytes = cache_bytes
+        self._storage_options = storage_options
+        self._source: UnitSource | None = None
         self._formed = ArenaBuffers()
         self._meter = Meter()
         self._setup = Setup(
-            workers="threads",
+            workers=workers,
             num_readers=num_workers,
             prefetch=prefetch,
             form=form,
@@ -258,16 +270,26 @@ class SequenceLoader(IterableDataset[Batch]):
         self._num_done = 0
         self._scheduled: tuple[int, list[Pool], Schedule] | None = None
 
-    def _open_source(
-        self, columns: Sequence[str], cache: str | os.PathLike[str] | None, cache_bytes: int
-    ) -> UnitSource:
+    def _open_source(self) -> UnitSource:
         whole = self._verify != "off"
-        what = (self._pointers, self._histories, self._projections, columns)
-        source: UnitSource = DirectSource(*what, ArenaBuffers(), whole=whole)
-        if cache is not None:
+        what = (self._pointers, self._histories, self._projections, self._columns.names)
+        source: UnitSource
+        if self._workers == "processes" and self._num_workers:
+            spec = ReadSpec.of(*what, self._storage_options, whole=whole)
+            source = ProcessSource(spec, self._num_workers)
+        else:
+            source = DirectSource(*what, ArenaBuffers(), whole=whole)
+        if self._cache is not None:
             facts = CacheFacts.of(*what, whole=whole)
-            source = CachedSource(source, cache, facts, max_bytes=cache_bytes)
+            source = CachedSource(source, self._cache, facts, max_bytes=self._cache_bytes)
         return source
+
+    def close(self) -> None:
+        """End the processes that read, if there are any, and let go of what they hold. The loader
+        stays where it is, and can be gone on with."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
 
     # -- what there is --------------------------------------------------------------------------
 
@@ -344,7 +366,7 @@ class SequenceLoader(IterableDataset[Batch]):
         """The rest of the present epoch; the whole of it unless resumed within."""
         if os.getpid() != self._process:
             raise LoaderError(
-                "it was made in another process and came here by fork, which storage clients do "
+                "this loader was made in another process and came here by fork, which storage clients do "
                 "not survive",
                 'Start workers with multiprocessing_context="spawn", or make the loader in them.',
             )
@@ -352,6 +374,8 @@ class SequenceLoader(IterableDataset[Batch]):
         epoch, begin = self.epoch, self._num_done
         share = self._share(begin, worker, num_workers)
         pools, schedule = self._schedule()
+        if self._source is None:
+            self._source = self._open_source()
         reader = EpochReader(
             self._plan,
             pools,
@@ -431,7 +455,7 @@ class SequenceLoader(IterableDataset[Batch]):
         uneven (policy, num_left_out, num_extra of all ranks); sentence, in plain words.
         """
         found = self._meter.report(self._setup)
-        found["bytes_read"] = self._source.bytes_read
+        found["bytes_read"] = self._source.bytes_read if self._source is not None else 0
         found["dropped"] = self._dropped.to_json()
         share = self._share(0, 0, 1)
         found["uneven"] = {

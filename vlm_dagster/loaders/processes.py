@@ -76,6 +76,7 @@ class ProcessSource:
         self._num_workers = num_workers
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
+        self._bytes_of_gone = 0
         self._process_id = os.getpid()
         self._finalizer = weakref.finalize(self, _end, self._workers, self._process_id)
         try:
@@ -111,6 +112,12 @@ class ProcessSource:
             future = worker.ask(unit, user_ids, verify)
         return unpack(future.result())
 
+    @property
+    def bytes_read(self) -> int:
+        """As `UnitSource.bytes_read`, of all workers so far."""
+        with self._lock:
+            return self._bytes_of_gone + sum(worker.bytes_read for worker in self._workers)
+
     def close(self) -> None:
         """End all workers, whatever they are reading. Who waits for a unit gets a WorkerError."""
         if os.getpid() != self._process_id:
@@ -119,7 +126,9 @@ class ProcessSource:
             self._finalizer()
 
     def _start_missing(self) -> None:
-        self._workers[:] = [worker for worker in self._workers if worker.is_alive]
+        gone = [worker for worker in self._workers if not worker.is_alive]
+        self._bytes_of_gone += sum(worker.bytes_read for worker in gone)
+        self._workers[:] = [worker for worker in self._workers if worker not in gone]
         while len(self._workers) < self._num_workers:
             self._workers.append(_Worker(self._spec))
 
@@ -166,6 +175,7 @@ class _Worker:
         self._waiting: dict[int, tuple[Unit, Future[pa.Buffer]]] = {}
         self._killed = False
         self.is_alive = True
+        self.bytes_read = 0
         self._send(spec)
         self._listener = threading.Thread(
             target=self._listen, name=f"vlm-worker-{self.process_id}", daemon=True
@@ -222,6 +232,7 @@ class _Worker:
     def _pass_on(self, answer: Answer) -> None:
         with self._lock:
             _, future = self._waiting.pop(answer.number)
+            self.bytes_read = max(self.bytes_read, answer.bytes_read or 0)
         if answer.block is None:
             future.set_exception(pickle.loads(answer.error))
         else:

@@ -43,12 +43,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """Where the unit lies, or the pickled error."""
+    """Where the unit lies, or the pickled error. `bytes_read` as `UnitSource` has it, so far."""
 
     number: int
     block: Block | None = None
     num_bytes: int = 0
     error: bytes = b""
+    bytes_read: int | None = 0
 
 
 def main() -> None:
@@ -91,6 +92,10 @@ class _Failed:
     def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
         raise self._error
 
+    @property
+    def bytes_read(self) -> int:
+        return 0
+
     def close(self) -> None: ...
 
 
@@ -104,7 +109,7 @@ def _answer(source: UnitSource, lender: Lender, request: Request) -> Answer:
         except BaseException:
             lender.give_back([block])
             raise
-        return Answer(request.number, block, packed.num_bytes)
+        return Answer(request.number, block, packed.num_bytes, bytes_read=source.bytes_read)
     except Exception as error:
         return Answer(request.number, error=_pickled(error))
 
