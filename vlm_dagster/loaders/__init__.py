@@ -5,6 +5,7 @@
     plan.py         which users' examples are read together, in which order, by which rank
     materialize.py  one unit: read pointers and histories once, check them, know every range
     forming.py      the examples at some places of a chunk, as a batch
+    forms.py        ranges of arenas as sequences of each form
     jagged.py       sequences of one group in three forms: expanded, deduplicated, views
     kjt.py          the same as TorchRec's KeyedJaggedTensor
     merging.py      several groups' sequences as one, in the order of time

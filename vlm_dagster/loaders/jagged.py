@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_dagster.errors import SchemaError
+from vlm_dagster.loaders.options import Form
 
 if TYPE_CHECKING:
     from torchrec import KeyedJaggedTensor
 
-__all__ = ["Form", "JaggedSequence"]
-
-Form = Literal["deduplicated", "expanded", "views"]
+__all__ = ["JaggedSequence"]
 
 
 @dataclass(frozen=True, eq=False)
