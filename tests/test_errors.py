@@ -39,6 +39,7 @@ ONE_OF_EACH = [
     errors.GoneError(group="ratings", user_id=7, end_position=5, num_gone=2),
     errors.CheckpointError("/c", "is damaged", "Take another."),
     errors.TrainingError("the loss is not finite", "Lower the rate.", step=4),
+    errors.LoaderError("it was forked", "Use spawn."),
     errors.WorkerError("process 7 was killed", "Use fewer.", exit_code=-9),
 ]
 

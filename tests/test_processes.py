@@ -114,8 +114,8 @@ def test_units_are_the_same_as_read_here(
 
 def test_a_unit_of_nobody_is_empty(world: World, shared_source: ProcessSource) -> None:
     nobody = pa.array([], pa.int64())
-    found = shared_source.read(Unit(0, 0, 0, 0, 0), nobody, verify=True)
-    assert_same(found, world.direct().read(Unit(0, 0, 0, 0, 0), nobody, verify=True))
+    found = shared_source.read(Unit(None, 0, 0, 0, 0, 0), nobody, verify=True)
+    assert_same(found, world.direct().read(Unit(None, 0, 0, 0, 0, 0), nobody, verify=True))
 
 
 def test_threads_share_a_source_and_keep_what_they_got(
