@@ -323,7 +323,7 @@ def kjt_of(sequence: JaggedSequence) -> Callable[..., Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # importing it warns of optional parts of its own
             import torchrec  # noqa: F401
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         pytest.skip(f"torchrec, an optional extra, cannot be imported: {error}")
     return sequence.to_kjt
 

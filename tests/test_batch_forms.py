@@ -12,8 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import fat_rows
+from strategies import day, events_of_day, history_of, many_events, request_table
 
-from vlm_dagster import JaggedSequence
+from vlm_dagster import JaggedSequence, PointerDataset, Projection, SequenceLoader
 from vlm_dagster.history import ArenaBuffers
 from vlm_dagster.loaders.forms import Piece, form_sequences
 from vlm_dagster.loaders.materialize import Arena
@@ -202,6 +204,58 @@ def test_no_examples_at_all_have_all_traits(form: Form) -> None:
         padded = formed(form, pieces, num_padding=3)
         assert seen(padded) == seen(padded.expand()) == [[]] * 3
         assert padded.to_padded("item", 2).tolist() == [[0, 0]] * 3
+
+
+# -- through the loader -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], PointerDataset]:
+    """Events of a few users, every one of days 1 to 3 is asked for; and the pointers."""
+    folder = tmp_path_factory.mktemp("tables")
+    events = many_events(seed=5, num_events=400, num_users=6)
+    store = history_of(folder / "history", events, num_buckets=2)
+    dataset = PointerDataset.create(folder / "pointers", ["ratings"], num_buckets=2)
+    for number in (1, 2, 3):
+        asked = request_table(
+            events_of_day(events, number), pa.int64(), ["user_id", "event_id"], pa.int64()
+        )
+        dataset.seal(day(number), asked, {"ratings": store.snapshot()})
+    return events, dataset
+
+
+@every_form
+@pytest.mark.parametrize("max_length", [None, 0, 7])
+def test_a_loaders_batches_show_the_references_sequences(
+    loaded: tuple[list[dict], PointerDataset], form: Form, max_length: int | None
+) -> None:
+    events, dataset = loaded
+    names = ["event_id", "item_id", "rating", "liked"]
+    asked = [
+        {"user_id": event["user_id"], "event_id": event["event_id"]}
+        for number in (1, 2, 3)
+        for event in events_of_day(events, number)
+    ]
+    wanted = [
+        (row["user_id"], row["request_time"], [tuple(e[n] for n in names) for e in row["sequence"]])
+        for row in fat_rows(events, asked, max_length)
+    ]
+    projection = Projection(names, max_length=max_length)
+    loader = SequenceLoader(
+        dataset.ref(), {"ratings": projection}, batch_size=32, form=form, examples_per_unit=50
+    )
+    found = []
+    for batch in loader:
+        sequence = batch.sequences["ratings"]
+        assert sequence.form == form
+        traits = [seen(sequence, name) for name in names]
+        found += zip(
+            batch.examples["user_id"].tolist(),
+            batch.examples["request_time"].tolist(),
+            [list(zip(*rows, strict=True)) for rows in zip(*traits, strict=True)],
+            strict=True,
+        )
+    assert sorted(found) == sorted(wanted)
 
 
 # -- whose memory -------------------------------------------------------------------------------

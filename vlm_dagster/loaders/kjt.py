@@ -19,8 +19,8 @@ __all__ = ["to_kjt"]
 
 _INSTALL = (
     "Install it beside torch 2.13 with `pip install fbgemm-gpu==1.8.0 torchrec==1.8.0` (CUDA), or "
-    "with `pip install fbgemm-gpu-cpu==1.8.0 tensordict pyre-extensions torchmetrics==1.0.3` and "
-    "`pip install --no-deps torchrec==1.8.0` (no GPU: torchrec's own requirement would bring the "
+    "with `pip install fbgemm-gpu-cpu==1.8.0 tensordict pyre-extensions torchmetrics==1.0.3 tqdm` "
+    "and `pip install --no-deps torchrec==1.8.0` (no GPU: torchrec's own requirement would bring the "
     "CUDA build)."
 )
 
@@ -29,7 +29,7 @@ def to_kjt(sequence: JaggedSequence, traits: Sequence[str], *, unique: bool) -> 
     """See `JaggedSequence.to_kjt`."""
     try:
         from torchrec import KeyedJaggedTensor
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: fbgemm's build does not fit torch's
         raise SchemaError(f"torchrec cannot be imported ({error})", _INSTALL) from error
     whole = sequence.unique.expand(traits) if unique else sequence.expand(traits)
     keys, num_keys = list(traits), len(traits)
