@@ -348,7 +348,7 @@ class SequenceLoader(IterableDataset[Batch]):
         return by_tokens(options.max_tokens, options.batch_size, tokens)
 
     def _share(self, begin: int, worker: int, num_workers: int) -> Share:
-        share = Share(
+        return Share(
             self._schedule()[1],
             batch_size=None if self._options.max_tokens else self._options.batch_size,
             uneven=self._options.uneven,
@@ -358,7 +358,6 @@ class SequenceLoader(IterableDataset[Batch]):
             worker=worker,
             num_workers=num_workers,
         )
-        return share
 
     # -- iterating ------------------------------------------------------------------------------
 

@@ -93,20 +93,24 @@ class LoaderFacts:
         return position
 
     def _differences(self, state: Mapping[str, Any]) -> Sequence[tuple[str, object, object]]:
-        found: list[tuple[str, object, object]] = []
-        for key in ("table_id", "windows", "digest"):
-            if state["pointers"][key] != self.pointers[key]:
-                found.append((f"{key} of the pointers", state["pointers"][key], self.pointers[key]))
+        there, here = state["pointers"], self.pointers
+        found: list[tuple[str, object, object]] = [
+            (f"{key} of the pointers", there[key], here[key])
+            for key in ("table_id", "windows", "digest")
+            if there[key] != here[key]
+        ]
         for name, mine in (("histories", self.histories), ("projections", self.projections)):
             for group in sorted({*state[name], *mine}):
-                there, here = state[name].get(group), mine.get(group)
-                if there != here:
+                theirs, ours = state[name].get(group), mine.get(group)
+                if theirs != ours:
                     singular = {"histories": "history", "projections": "projection"}[name]
-                    found.append((f"{singular} {group!r}", there, here))
+                    found.append((f"{singular} {group!r}", theirs, ours))
         if state["num_examples"] != self.num_examples:
             found.append(("number of examples", state["num_examples"], self.num_examples))
         options = dict(state["options"])
-        for name, here in self.options.to_json().items():
-            if options.get(name) != here:
-                found.append((name, options.get(name), here))
+        found += [
+            (name, options.get(name), mine)
+            for name, mine in self.options.to_json().items()
+            if options.get(name) != mine
+        ]
         return found
