@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from unit_sources import World, assert_same, opened, world_in
@@ -29,7 +30,7 @@ from vlm_dagster.errors import (
     TableError,
     WorkerError,
 )
-from vlm_dagster.loaders import worker
+from vlm_dagster.loaders import processes, worker
 from vlm_dagster.loaders.materialize import UnitData
 from vlm_dagster.loaders.plan import Unit
 from vlm_dagster.loaders.processes import ProcessSource
@@ -295,6 +296,57 @@ def test_errors_that_do_not_survive_pickling_are_told_in_words() -> None:
     assert "test_processes.py" in told.__notes__[0]
     ours = ChecksumError(group="ratings", user_id=3, end_position=5, num_bad=2)
     assert vars(pickle.loads(worker._pickled(ours))) == vars(ours)
+
+
+def test_what_is_wrong_with_a_unit_comes_with_it(world: World) -> None:
+    class Flawed:
+        bytes_read = 12
+
+        def __init__(self) -> None:
+            self.source = world.direct()
+
+        def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
+            found = self.source.read(unit, user_ids, verify=verify)
+            error = ChecksumError(group="ratings", user_id=3, end_position=5, num_bad=1)
+            return replace(found, kept=np.arange(found.num_examples) != 1, bad=error)
+
+        def close(self) -> None: ...
+
+    unit = world.plan.units[0]
+    request = worker.Request(7, unit, world.plan.users_of(unit), True, [])
+    answer = worker._answer(Flawed(), Lender(shared_file()), request)
+    assert (answer.number, answer.bytes_read) == (7, 12)
+    kept, bad = pickle.loads(answer.flaws)
+    assert kept.tolist() == [number != 1 for number in range(unit.num_examples)]
+    assert (type(bad), bad.user_id) == (ChecksumError, 3)
+
+
+def test_bytes_read_are_counted_also_of_workers_that_died(world: World) -> None:
+    source = ProcessSource(world.spec, 1)
+    direct = world.direct()
+    assert source.bytes_read == 0
+    for unit in world.plan.units[:3]:
+        read(source, world, unit)
+        direct.read(unit, world.plan.users_of(unit), verify=True)
+    before = source.bytes_read
+    assert before == direct.bytes_read > 0
+    os.kill(source.process_ids[0], signal.SIGKILL)
+    wait_until(lambda: source.process_ids == [])
+    read(source, world, world.plan.units[0])
+    assert source.bytes_read > before
+    source.close()
+
+
+def test_a_worker_that_cannot_start_is_an_error_with_its_exit_code(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_CODE", "raise SystemExit(3)")
+    source = ProcessSource(world.spec, 2)
+    for _ in range(3):
+        with pytest.raises(WorkerError, match="exit code 3") as raised:
+            read(source, world, world.plan.units[0])
+        assert raised.value.exit_code == 3
+    source.close()
 
 
 @pytest.mark.parametrize("number", [0, -1, True, 1.5])

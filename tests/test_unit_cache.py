@@ -10,15 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from unit_sources import COLUMNS, PROJECTIONS, World, assert_same, opened, world_in
 
 from vlm_dagster import HistoryStore, PointerDataset, Projection
-from vlm_dagster.errors import SchemaError, StorageError
+from vlm_dagster.errors import ChecksumError, SchemaError, StorageError
 from vlm_dagster.loaders.cache import CachedSource, clear_cache
 from vlm_dagster.loaders.cache_facts import CacheFacts
 from vlm_dagster.loaders.materialize import UnitData
@@ -37,6 +39,10 @@ class Counting:
     def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
         self.verified.append(verify)
         return self.source.read(unit, user_ids, verify=verify)
+
+    @property
+    def bytes_read(self) -> int | None:
+        return self.source.bytes_read
 
     def close(self) -> None:
         self.closed = True
@@ -80,6 +86,7 @@ def test_a_second_epoch_reads_nothing_and_gives_the_same(world: World, tmp_path:
     assert_right(epoch(source, world), world)
     again, untouched = cached(opened(Path(world.pointers.uri).parent), tmp_path)
     assert_right(epoch(again, world), world)
+    assert again.bytes_read == 0
     assert len(behind.verified) == source.num_misses == source.num_hits == len(world.plan.units)
     assert untouched.verified == []
     again.close()
@@ -465,3 +472,23 @@ def test_events_of_erased_users_leave_the_cache_when_it_is_opened(tmp_path: Path
     CachedSource(only_views.direct(), folder, views_facts, max_bytes=1 << 30)
     assert_right(epoch(again, after), after)
     assert untouched.verified == []
+
+
+def test_units_with_something_wrong_are_not_kept(world: World, tmp_path: Path) -> None:
+    class Flawed(Counting):
+        def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
+            found = super().read(unit, user_ids, verify=verify)
+            error = ChecksumError(group="ratings", user_id=3, end_position=5, num_bad=1)
+            return replace(found, kept=np.arange(found.num_examples) != 1, bad=error)
+
+    behind = Flawed(world.direct())
+    source = CachedSource(behind, tmp_path, facts_of(world), max_bytes=1 << 30)
+    for _ in range(2):
+        assert (
+            source.read(
+                world.plan.units[0], world.plan.users_of(world.plan.units[0]), verify=True
+            ).bad
+            is not None
+        )
+    assert behind.verified == [True, True]
+    assert files_of(tmp_path) == []

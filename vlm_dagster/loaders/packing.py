@@ -21,7 +21,7 @@ _GROUPS = b"vlm.groups"
 
 
 class PackedUnit:
-    """A unit about to be written.
+    """A unit about to be written, but for what is wrong with it.
 
     Attributes:
         num_bytes: what it takes, a multiple of 8.

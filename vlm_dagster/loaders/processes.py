@@ -18,6 +18,7 @@ import sys
 import threading
 import weakref
 from concurrent.futures import Future
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.spawn import get_executable
 
@@ -45,8 +46,8 @@ class ProcessSource:
     """Reads units in processes of its own.
 
     `read` may be called from many threads; as many units are read at the same time as there are
-    workers, and what else is asked for waits with one of them. A unit's memory is used again once
-    nothing refers to its arrays. A worker that dies fails what it was reading, and the next read
+    workers; with more threads than workers, these need not wait for the next request. A unit's memory is used again once
+    nothing refers to its arrays. A worker that dies fails what it was asked for, and the next read
     starts another in its place.
 
     A source belongs to the process that made it, and works in any: also in a daemonic one, a
@@ -110,7 +111,12 @@ class ProcessSource:
             self._start_missing()
             worker = min(self._workers, key=lambda one: one.num_waiting)
             future = worker.ask(unit, user_ids, verify)
-        return unpack(future.result())
+        memory, flaws = future.result()
+        found = unpack(memory)
+        if flaws:
+            kept, bad = pickle.loads(flaws)
+            found = replace(found, kept=kept, bad=bad)
+        return found
 
     @property
     def bytes_read(self) -> int:
@@ -143,6 +149,10 @@ def _end(workers: list[_Worker], process_id: int) -> None:
         worker.join()
 
 
+_Found = tuple[pa.Buffer, bytes]
+"""The bytes of a unit, and what is wrong with it, pickled."""
+
+
 class _Worker:
     """The parent's end of one worker."""
 
@@ -172,7 +182,7 @@ class _Worker:
         self._blocks = Borrower(self._memory)
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._waiting: dict[int, tuple[Unit, Future[pa.Buffer]]] = {}
+        self._waiting: dict[int, tuple[Unit, Future[_Found]]] = {}
         self._killed = False
         self.is_alive = True
         self.bytes_read = 0
@@ -186,9 +196,9 @@ class _Worker:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def ask(self, unit: Unit, user_ids: pa.Array, verify: bool) -> Future[pa.Buffer]:
-        """The bytes of a unit, once they are there."""
-        future: Future[pa.Buffer] = Future()
+    def ask(self, unit: Unit, user_ids: pa.Array, verify: bool) -> Future[_Found]:
+        """A unit, once it is there."""
+        future: Future[_Found] = Future()
         number = next(self._numbers)
         with self._lock:
             if not self.is_alive:
@@ -236,7 +246,8 @@ class _Worker:
         if answer.block is None:
             future.set_exception(pickle.loads(answer.error))
         else:
-            future.set_result(self._blocks.borrow(answer.block, answer.num_bytes))
+            memory = self._blocks.borrow(answer.block, answer.num_bytes)
+            future.set_result((memory, answer.flaws))
 
     def _why(self, unit: Unit) -> WorkerError:
         if self._killed:
@@ -267,4 +278,4 @@ class _Worker:
 
 
 def _closed() -> WorkerError:
-    return WorkerError("the loader was closed while units were read", "Make a new one to go on.")
+    return WorkerError("it was closed while units were read", "Make a new one to go on.")

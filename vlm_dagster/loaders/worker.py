@@ -43,11 +43,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """Where the unit lies, or the pickled error. `bytes_read` as `UnitSource` has it, so far."""
+    """Where the unit lies, or the pickled error.
+
+    Attributes:
+        flaws: what is wrong with the unit, pickled; empty if nothing is.
+        bytes_read: as `UnitSource` has it, so far.
+    """
 
     number: int
     block: Block | None = None
     num_bytes: int = 0
+    flaws: bytes = b""
     error: bytes = b""
     bytes_read: int | None = 0
 
@@ -109,9 +115,15 @@ def _answer(source: UnitSource, lender: Lender, request: Request) -> Answer:
         except BaseException:
             lender.give_back([block])
             raise
-        return Answer(request.number, block, packed.num_bytes, bytes_read=source.bytes_read)
+        return Answer(
+            request.number,
+            block,
+            packed.num_bytes,
+            flaws=b"" if unit.bad is None else pickle.dumps((unit.kept, unit.bad)),
+            bytes_read=source.bytes_read,
+        )
     except Exception as error:
-        return Answer(request.number, error=_pickled(error))
+        return Answer(request.number, error=_pickled(error), bytes_read=source.bytes_read)
 
 
 def _pickled(error: Exception) -> bytes:
