@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-__all__ = ["Digest", "bucket_of", "digest_rows", "event_words", "id_words", "mix64"]
+__all__ = ["Digest", "bucket_of", "digest_rows", "event_sums", "event_words", "id_words", "mix64"]
 
+I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -37,16 +39,42 @@ _MASK_64 = (1 << 64) - 1
 # Rows hashed at once: small enough for all temporaries to stay in the L2 cache (measured: 2.3
 # times faster than whole columns).
 _BLOCK_ROWS = 16_384
+# Where there are but two arrays of words, twice as many: 0.12 ns for each step of each word.
+_BLOCK_WORDS = 32_768
+
+
+class _Scratch(threading.local):
+    """Two blocks of words for each thread: fresh memory would cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.words = np.empty(_BLOCK_WORDS, np.uint64)
+        self.other = np.empty(_BLOCK_WORDS, np.uint64)
+
+
+_SCRATCH = _Scratch()
+# What the positions 0, 1, ... of a block add: the rest of a position is the same for a whole run.
+_STEPS = np.arange(_BLOCK_WORDS, dtype=np.uint64) * _GOLDEN
 
 
 def mix64(words: U64) -> U64:
     """SplitMix64's finalizer: a bijection of 64-bit words that scatters every input bit."""
-    x = words ^ (words >> np.uint64(30))
-    x *= _MUL_1
-    x ^= x >> np.uint64(27)
-    x *= _MUL_2
-    x ^= x >> np.uint64(31)
-    return x
+    found = np.empty_like(words)
+    for low in range(0, len(words), _BLOCK_WORDS):
+        _mix(words[low : low + _BLOCK_WORDS], found[low : low + _BLOCK_WORDS], _SCRATCH.other)
+    return found
+
+
+def _mix(words: U64, out: U64, other: U64) -> None:
+    """`mix64` of at most a block of words into `out`, which may be `words`; overwrites `other`."""
+    other = other[: len(words)]
+    np.right_shift(words, np.uint64(30), out=other)
+    np.bitwise_xor(words, other, out=out)
+    np.multiply(out, _MUL_1, out=out)
+    np.right_shift(out, np.uint64(27), out=other)
+    np.bitwise_xor(out, other, out=out)
+    np.multiply(out, _MUL_2, out=out)
+    np.right_shift(out, np.uint64(31), out=other)
+    np.bitwise_xor(out, other, out=out)
 
 
 def _combined(array: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -118,6 +146,42 @@ def event_words(event_ids: pa.Array | pa.ChunkedArray, positions: npt.NDArray[np
     # From 1: otherwise the id 0 at position 0 would add nothing.
     words ^= (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN
     return mix64(words)
+
+
+def event_sums(event_ids: pa.Array, starts: I64, positions: I64) -> U64:
+    """The sums, modulo 2^64, of the `event_words` of runs of events.
+
+    Args:
+        event_ids: [N].
+        starts: [S] ascending, from 0 on: run i is the rows `[starts[i], starts[i + 1])`, the last
+            one reaches to the end. None is empty.
+        positions: [S] the position of each run's first event; the others follow one by one.
+
+    Returns:
+        [S] sums.
+    """
+    num = len(event_ids)
+    ends = np.append(starts[1:], num)
+    # Of each run's rows what their place among all rows leaves out; from 1, as in `event_words`.
+    rest = (positions - starts + 1).astype(np.uint64) * _GOLDEN
+    sums = np.zeros(len(starts), np.uint64)
+    edges = np.arange(0, num, _BLOCK_WORDS)
+    lows = (np.searchsorted(starts, edges, side="right") - 1).tolist()
+    highs = np.searchsorted(starts, edges + _BLOCK_WORDS).tolist()
+    for begin, low, high in zip(edges.tolist(), lows, highs, strict=True):
+        words = _words(event_ids.slice(begin, _BLOCK_WORDS))
+        end = begin + len(words)
+        first = np.maximum(starts[low:high], begin)
+        lengths = np.minimum(ends[low:high], end) - first
+        key = np.repeat(rest[low:high] + np.uint64(begin * int(_GOLDEN) & _MASK_64), lengths)
+        key += _STEPS[: len(words)]
+        found = _SCRATCH.words[: len(words)]
+        _mix(words, found, _SCRATCH.other)
+        found ^= key
+        _mix(found, found, _SCRATCH.other)
+        # Runs that reach over blocks are summed in parts.
+        sums[low:high] += np.add.reduceat(found, first - begin)
+    return sums
 
 
 def _low_md5(values: list[str]) -> U64:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlm_dagster.history.buffers import ArenaBuffers
-from vlm_dagster.history.filling import FilePart, fill
+from vlm_dagster.history.filling import FilePart, Visit, fill
 from vlm_dagster.sealed.reader import SegmentReader
 
 __all__ = ["BucketIndex", "Histories"]
@@ -156,6 +156,7 @@ class BucketIndex:
         first: I64,
         end: I64,
         *,
+        visits: Mapping[str, Visit] = MappingProxyType({}),
         buffers: ArenaBuffers | None = None,
         threads: int | None = 1,
     ) -> Histories:
@@ -169,6 +170,8 @@ class BucketIndex:
             columns: the columns to decode.
             first: [U], at least `gone` and at most `end`.
             end: [U], at most `num_events`.
+            visits: by column, what is called with its values piece by piece, in no order; a column
+                that is only visited takes no memory. Events have their places in `Histories`.
             buffers: memory to read into; fresh memory if None.
             threads: that decode. None: one, or from a million events on one a core, at most 4.
         """
@@ -193,7 +196,8 @@ class BucketIndex:
             targets = lows + (origins + begins[i])[some]
             held = counts > 0
             parts.append(FilePart(reader, rows[held], counts[held], targets[held]))
-        found = fill(parts, kinds, int(bounds[-1]), buffers=buffers, threads=threads)
+        seen = {self._aliases.get(name, name): visit for name, visit in visits.items()}
+        found = fill(parts, kinds, int(bounds[-1]), visits=seen, buffers=buffers, threads=threads)
         values = {name: found[at] for name, at in zip(columns, stored, strict=True)}
         return Histories(self.user_ids, bounds, values, end.astype(np.int64))
 

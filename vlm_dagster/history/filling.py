@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from vlm_dagster.history.buffers import ArenaBuffers
 from vlm_dagster.sealed.gathering import Placement, gather, width_of
 from vlm_dagster.sealed.reader import Piece, SegmentReader
 
-__all__ = ["FilePart", "fill"]
+__all__ = ["FilePart", "Visit", "fill"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -53,6 +53,9 @@ class FilePart:
 Ranges = tuple[I64, I64, I64]
 """[R] where each range begins among some rows, how many rows it has, where it goes in the arena."""
 
+Visit = Callable[[pa.Array, I64, I64, I64], None]
+"""Sees a column go by: the values of some rows, and the `Ranges` among them that are read."""
+
 
 @dataclass(frozen=True)
 class _Task:
@@ -68,6 +71,7 @@ def fill(
     kinds: Mapping[str, pa.DataType],
     num_events: int,
     *,
+    visits: Mapping[str, Visit],
     buffers: ArenaBuffers | None,
     threads: int | None,
 ) -> dict[str, pa.Array]:
@@ -75,13 +79,15 @@ def fill(
 
     Args:
         kinds: the types of the columns, by name.
+        visits: what is called with the pieces of a column as they are decoded, by name. Columns that
+            are only visited take no memory.
         threads: that decode. None: one, or from a million events on one a core, at most 4.
     """
-    arena = _Arena(kinds, num_events, buffers or ArenaBuffers(0))
+    arena = _Arena(kinds, num_events, visits, buffers or ArenaBuffers(0))
     tasks = list(_tasks(parts))
     if threads is None:
         threads = min(_num_cores(), 4) if num_events >= _MANY_EVENTS else 1
-    names = list(kinds)
+    names = list(dict.fromkeys([*kinds, *visits]))
     with _Ahead(tasks, names) as sources:
         if threads > 1 and len(tasks) > 1:
             with ThreadPoolExecutor(threads, thread_name_prefix="vlm-decode") as pool:
@@ -176,10 +182,15 @@ class _Arena:
     """The columns while they are filled. Tasks may run in any order and at the same time."""
 
     def __init__(
-        self, kinds: Mapping[str, pa.DataType], num_events: int, buffers: ArenaBuffers
+        self,
+        kinds: Mapping[str, pa.DataType],
+        num_events: int,
+        visits: Mapping[str, Visit],
+        buffers: ArenaBuffers,
     ) -> None:
         self._kinds = kinds
         self._num_events = num_events
+        self._visits = visits
         widths = {name: width_of(kind) for name, kind in kinds.items()}
         self._memory = {
             name: buffers.empty(num_events, f"u{width}")
@@ -194,14 +205,16 @@ class _Arena:
     def take(self, task: _Task, names: Sequence[str], source: Any) -> None:
         """Decode a task's pieces and copy their ranges into place."""
         here = -1
-        for at, name, values in task.reader.decode(source, names, task.pieces):
+        for at, name, column in task.reader.decode(source, names, task.pieces):
             if at != here:
                 here, placement = at, Placement(*task.ranges[at])
-            memory = self._memory.get(name)
-            if memory is None:
-                self._pieces[name].append((_whole(values), *task.ranges[at]))
-            else:
-                placement.copy(_whole(values), memory)
+            values = _whole(column)
+            if name in self._visits:
+                self._visits[name](values, *task.ranges[at])
+            if name in self._memory:
+                placement.copy(values, self._memory[name])
+            elif name in self._pieces:
+                self._pieces[name].append((values, *task.ranges[at]))
 
     def columns(self) -> dict[str, pa.Array]:
         """All columns, once all tasks are done."""

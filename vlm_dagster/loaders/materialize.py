@@ -15,9 +15,11 @@ import pyarrow as pa
 from vlm_dagster.errors import ChecksumError
 from vlm_dagster.history import ArenaBuffers, Snapshot
 from vlm_dagster.history.arena import BucketIndex
+from vlm_dagster.history.filling import Visit
 from vlm_dagster.loaders.readable import readable
 from vlm_dagster.pointers import PointerSnapshot
-from vlm_dagster.pointers.spans import outer_ranges, spans
+from vlm_dagster.pointers.checksum import RangeSums
+from vlm_dagster.pointers.spans import outer_ranges
 from vlm_dagster.pointers.spec import pointer_fields
 from vlm_dagster.schema import Projection
 from vlm_dagster.sealed.gathering import gather
@@ -90,8 +92,8 @@ def materialize(
         user_ids: [U] of this bucket, sorted and distinct.
         columns: the examples' columns to return.
         verify: recompute every pointer's checksum from the events first. It spans the pointer's
-            full length, so this reads the ids of events that the projection cuts off, a bounded
-            number at a time.
+            full length, so this reads the ids of events that the projection cuts off too; they are
+            hashed as they are decoded, and take no memory.
         whole: leave out examples of which something that only their checksums span is gone. None
             does so where they are verified.
         buffers: memory to read into; it comes back when the unit is dropped. Fresh memory if None.
@@ -158,16 +160,35 @@ def _arena(
     end, length = pointer["end_position"], pointer["length"]
     num_users = len(user_ids)
     index = snapshot.index_through(user_ids, outer_ranges(num_users, rank, end, end)[1])
-    if verify:
-        _check(snapshot, index, rank, pointer, gone, buffers)
+    begin = end - length
     if projection.max_length is not None:
         length = np.minimum(length, projection.max_length)
-    first, last = outer_ranges(num_users, rank, end - length, end)
-    # Empty pointers may lie among what is gone; all others lie past it (readable.py).
-    first, last = np.maximum(first, index.gone), np.maximum(last, index.gone)
-    read = index.read(projection.columns(snapshot.group), first, last, buffers=buffers)
+    first, last = _needed(index, rank, end - length, end)
+    visits: dict[str, Visit] = {}
+    sums: RangeSums | None = None
+    if verify:
+        start = np.maximum(begin, index.gone[rank])
+        low, high = _needed(index, rank, start, end)
+        sums = RangeSums(low, high, rank, start, end)
+        visits = {"event_id": sums.add}
+        if not (np.array_equal(low, first) and np.array_equal(high, last)):
+            # Apart from what is projected: pointers may span far more than that.
+            index.read([], low, high, visits=visits)
+            visits = {}
+    names = projection.columns(snapshot.group)
+    read = index.read(names, first, last, visits=visits, buffers=buffers)
+    if sums is not None:
+        _check(snapshot, index, rank, pointer, gone, sums.checksums())
     base = (read.offsets[:-1] - first)[rank]
     return Arena(read.columns, np.where(length > 0, base + end - length, 0), length)
+
+
+def _needed(index: BucketIndex, rank: I64, start: I64, end: I64) -> tuple[I64, I64]:
+    """[U], [U] the positions of each user that ranges `[start, end)`, [P], reach over."""
+    # Empty ranges lie anywhere, even among what is gone; all others lie past it (readable.py).
+    some = end > start
+    first, last = outer_ranges(len(index.user_ids), rank[some], start[some], end[some])
+    return np.maximum(first, index.gone), np.maximum(last, index.gone)
 
 
 def _check(
@@ -176,21 +197,20 @@ def _check(
     rank: I64,
     pointer: Mapping[str, I64],
     gone: GoneRows,
-    buffers: ArenaBuffers | None,
+    sums: I64,
 ) -> None:
-    """Apart from reading what is projected: a pointer may span far more events than that."""
-    bad: list[int] = []
+    """ChecksumError unless the events behind each pointer sum up to its checksum.
+
+    Args:
+        sums: [P] of the events that are there.
+    """
     end, length = pointer["end_position"], pointer["length"]
-    start = np.maximum(end - length, index.gone[rank])
     # What is gone at the beginning of a whole history is known by its sum (readable.py).
-    before = np.where((length > 0) & (end - length < start), gone.checksums[rank], 0)
-    left = np.maximum(end - start, 0) * (length > 0)
-    for span in spans(index, ["event_id"], rank, end, left, buffers=buffers):
-        sums = span.checksums() + before[span.rows].view(np.int64)
-        bad.extend(span.rows[sums != pointer["checksum"][span.rows]].tolist())
-    bad.extend(np.flatnonzero((length == 0) & (pointer["checksum"] != 0)).tolist())
-    if bad:
-        row = min(bad)
+    cut = (length > 0) & (end - length < index.gone[rank])
+    found = sums + np.where(cut, gone.checksums[rank], 0).view(np.int64)
+    bad = np.flatnonzero(found != pointer["checksum"])
+    if len(bad):
+        row = int(bad[0])
         raise ChecksumError(
             group=snapshot.group.name,
             user_id=index.user_ids[int(rank[row])].as_py(),

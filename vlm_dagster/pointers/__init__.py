@@ -6,7 +6,7 @@ spec.py: what a dataset is declared to hold   snapshot.py: pinned windows
 spans.py, checksum.py: the events behind pointers, for building and for checking them
 """
 
-from vlm_dagster.pointers.checksum import checksum_of_ranges
+from vlm_dagster.pointers.checksum import RangeSums
 from vlm_dagster.pointers.dataset import PointerDataset
 from vlm_dagster.pointers.snapshot import PointerRef, PointerSnapshot
 from vlm_dagster.pointers.spec import PointerSpec
@@ -16,5 +16,5 @@ __all__ = [
     "PointerRef",
     "PointerSnapshot",
     "PointerSpec",
-    "checksum_of_ranges",
+    "RangeSums",
 ]

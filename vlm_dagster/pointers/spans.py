@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from vlm_dagster.history.arena import BucketIndex, Histories
 from vlm_dagster.history.buffers import ArenaBuffers
-from vlm_dagster.pointers.checksum import checksum_of_ranges
+from vlm_dagster.pointers.checksum import RangeSums
 
 __all__ = ["Span", "outer_ranges", "spans"]
 
@@ -42,10 +42,13 @@ class Span:
         """[R] of the arena's `event_id`s."""
         arena = self.arena
         first = arena.end_positions - arena.lengths
-        positions = np.arange(arena.num_events) + np.repeat(
-            first - arena.offsets[:-1], arena.lengths
-        )
-        return checksum_of_ranges(arena.columns["event_id"], positions, self.begins, self.ends)
+        users = np.searchsorted(arena.offsets, self.begins, side="right") - 1
+        shift = (first - arena.offsets[:-1])[users]
+        sums = RangeSums(first, arena.end_positions, users, self.begins + shift, self.ends + shift)
+        some = np.flatnonzero(arena.lengths)
+        places = arena.offsets[:-1][some]
+        sums.add(arena.columns["event_id"], places, arena.lengths[some], places)
+        return sums.checksums()
 
 
 def outer_ranges(num_users: int, rank: I64, start: I64, end: I64) -> tuple[I64, I64]:
