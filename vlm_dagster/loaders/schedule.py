@@ -63,7 +63,7 @@ class Pieces:
         pieces of each part begin."""
         ends = np.cumsum(self.sizes)
         begins = ends - self.sizes
-        starts = np.union1d(begins[self.sizes > 0], bounds[:-1])
+        starts = np.union1d(begins[self.sizes > 0], bounds[bounds < self.num_examples])
         of = np.searchsorted(ends, starts, side="right")
         stops = np.append(starts[1:], ends[-1]) if len(starts) else starts
         first = self.first[of] + starts - begins[of]
