@@ -78,7 +78,12 @@ def list_schedule(phases: Sequence[Lanes], cut: ListCut) -> list[Rows]:
         if not lanes:
             continue
         runs = [rows_of(lane) for lane in lanes]
-        runs[0] = left + runs[0]
+        for number, run in enumerate(runs if left else []):
+            left, runs[number] = left + run, []
+            batches, full = cut(left)
+            if full or len(batches) > 1 or number == len(runs) - 1:
+                runs[number] = left
+                break
         whole, rest = [], []
         for run in runs:
             batches, full = cut(run)
@@ -208,6 +213,14 @@ def test_what_is_left_of_a_phase_opens_the_next_one() -> None:
     assert batches_of(schedule_of(phases, by_count(2))) == [
         [(0, 0), (0, 1)], [(1, 0), (1, 1)],
         [(0, 2), (2, 0)], [(3, 0), (3, 1)], [(2, 1), (2, 2)], [(3, 2), (3, 3)],
+    ]  # fmt: skip
+
+
+def test_what_is_left_never_waits_for_a_later_example() -> None:
+    # The first lane of the second phase alone cannot fill the batch that opens it.
+    phases = [[[(0, 1)], []], [[(1, 1)], [(2, 5)]]]
+    assert batches_of(schedule_of(phases, by_count(4))) == [
+        [(0, 0), (1, 0), (2, 0), (2, 1)], [(2, 2), (2, 3), (2, 4)],
     ]  # fmt: skip
 
 
