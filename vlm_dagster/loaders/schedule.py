@@ -63,7 +63,7 @@ class Pieces:
         pieces of each part begin."""
         ends = np.cumsum(self.sizes)
         begins = ends - self.sizes
-        starts = np.union1d(begins[self.sizes > 0], bounds[:-1])
+        starts = np.union1d(begins[self.sizes > 0], bounds[bounds < self.num_examples])
         of = np.searchsorted(ends, starts, side="right")
         stops = np.append(starts[1:], ends[-1]) if len(starts) else starts
         first = self.first[of] + starts - begins[of]
@@ -157,7 +157,7 @@ def make_schedule(phases: Sequence[Sequence[Pieces]], cut: Cut) -> Schedule:
     for lanes in phases:
         if not lanes:
             continue
-        runs = [Pieces.joined([left, lanes[0]]), *lanes[1:]]
+        runs = _opened(left, lanes, cut)
         rests = []
         of_lane: list[tuple[Pieces, I64]] = []
         for run in runs:
@@ -183,6 +183,22 @@ def make_schedule(phases: Sequence[Sequence[Pieces]], cut: Cut) -> Schedule:
         np.concatenate([*offsets, bases[-1:]]).astype(np.int64),
         full,
     )
+
+
+def _opened(left: Pieces, lanes: Sequence[Pieces], cut: Cut) -> list[Pieces]:
+    """The lanes of a phase, with what is left of the phase before at the front of the first batch: where
+    a lane has too few examples to fill it, those of the next one follow."""
+    runs = list(lanes)
+    if not left.num_examples:
+        return runs
+    for number, lane in enumerate(lanes):
+        left = Pieces.joined([left, lane])
+        runs[number] = Pieces.none()
+        bounds, full = cut(left)
+        if full or len(bounds) > 2:
+            break
+    runs[number] = left
+    return runs
 
 
 def _in_turn(lanes: Sequence[tuple[Pieces, I64]]) -> tuple[Pieces, I64]:

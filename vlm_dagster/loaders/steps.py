@@ -81,7 +81,7 @@ class Share:
             steps = max(-(-(left - rank) // world_size), 0)
         else:
             steps = -(-left // world_size)
-            extra = range(max(total - 1, 0), begin + steps * world_size)
+            extra = range(max(total - 1, begin), begin + steps * world_size)
             self.num_extra = sum(self._num_extra(batch) for batch in extra)
         numbers = np.arange(steps, dtype=np.int64)[worker::num_workers]
         self._batches = begin + numbers * world_size + rank
