@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import chain, groupby, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -278,7 +277,12 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_lengths_are_those_that_reading_finds(world: World) -> None:
     lengths = Lengths(
-        world.plan, world.pointers, world.histories, world.projections, verify=True, balance_length=9
+        world.plan,
+        world.pointers,
+        world.histories,
+        world.projections,
+        verify=True,
+        balance_length=9,
     )
     source = world.direct()
     assert len(world.plan.units) > 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain, cycle, islice
+from itertools import chain, cycle, islice, pairwise
 
 import numpy as np
 import pytest
@@ -110,7 +110,9 @@ def list_share(
     if uneven == "keep":
         return [(batch, 0) for batch in batches[begin:][rank::world]]
     found: list[tuple[Rows, int]] = []
-    for number in range(begin + rank, begin + -(-max(len(batches) - begin, 0) // world) * world, world):
+    for number in range(
+        begin + rank, begin + -(-max(len(batches) - begin, 0) // world) * world, world
+    ):
         beyond = number >= len(batches)
         batch = [] if beyond and uneven == "pad" else batches[number % len(batches)]
         missing = 0 if size is None else size - len(batch)
@@ -265,10 +267,8 @@ def test_pieces_cut_as_their_rows_do(
     inner = data.draw(st.lists(st.integers(1, max(len(rows) - 1, 1)), unique=True))
     bounds = sorted({0, len(rows), *(i for i in inner if i < len(rows))})
     cut, where = pieces.cut(np.array(bounds, np.int64))
-    parts = [cut[slice(a, b)] for a, b in zip(where[:-1], where[1:], strict=True)]
-    assert [listed(p) for p in parts] == [
-        rows[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    parts = [cut[slice(a, b)] for a, b in pairwise(where)]
+    assert [listed(p) for p in parts] == [rows[a:b] for a, b in pairwise(bounds)]
 
 
 # -- shares ---------------------------------------------------------------------------------------
@@ -341,7 +341,10 @@ def test_the_global_order_is_the_same_for_any_number_of_ranks(
     schedule = schedule_of(phases, by_count(size))
     found: list[Rows] = []
     ranks = [
-        [steps_of(share_of(schedule, size, "keep", 0, world, r, w, workers)) for w in range(workers)]
+        [
+            steps_of(share_of(schedule, size, "keep", 0, world, r, w, workers))
+            for w in range(workers)
+        ]
         for r in range(world)
     ]
     # Workers of a rank take turns, and so do ranks.

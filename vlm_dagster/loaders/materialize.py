@@ -85,6 +85,7 @@ def materialize(
     """Read the examples of some users, and the stretches of history that they point into.
 
     Examples that cannot be rebuilt, because events are gone, are left out; the plan knows how many.
+    Those whose checksums do not match are marked: whoever asked decides what that means.
 
     Args:
         histories: one snapshot a group, in which all of the pointers hold.
@@ -99,7 +100,6 @@ def materialize(
         buffers: memory to read into; it comes back when the unit is dropped. Fresh memory if None.
 
     Raises:
-        ChecksumError: a sequence is not the one that its pointer was made for.
         PinError, CorruptFileError: the histories cannot be what was pinned.
     """
     fields = {group: pointer_fields(group) for group in projections}
@@ -131,20 +131,19 @@ def materialize(
         rank = rank[keep]
         pointer = {g: {part: v[keep] for part, v in found.items()} for g, found in pointer.items()}
         examples = {name: column.filter(pa.array(keep)) for name, column in examples.items()}
-    arenas = {
-        group: _arena(
-            histories[group],
-            projection,
-            user_ids,
-            rank,
-            pointer[group],
-            gone[group],
-            verify,
-            buffers,
+    arenas = {}
+    kept, bad = np.ones(len(rank), bool), None
+    for group, projection in projections.items():
+        snapshot, asked = histories[group], pointer[group]
+        index, arena, sums = _arena(
+            snapshot, projection, user_ids, rank, asked, gone[group], verify, buffers
         )
-        for group, projection in projections.items()
-    }
-    return UnitData(examples, arenas)
+        arenas[group] = arena
+        if sums is not None:
+            matches = _matches(index, rank, asked, gone[group], sums)
+            kept &= matches
+            bad = bad or _error(snapshot, user_ids, rank, asked, matches)
+    return UnitData(examples, arenas, None if bad is None else kept, bad)
 
 
 def _arena(
@@ -156,7 +155,9 @@ def _arena(
     gone: GoneRows,
     verify: bool,
     buffers: ArenaBuffers | None,
-) -> Arena:
+) -> tuple[BucketIndex, Arena, I64 | None]:
+    """Where the events lie; the events; and, if they are verified, [P] the checksums of those that are
+    there."""
     end, length = pointer["end_position"], pointer["length"]
     num_users = len(user_ids)
     index = snapshot.index_through(user_ids, outer_ranges(num_users, rank, end, end)[1])
@@ -177,10 +178,9 @@ def _arena(
             visits = {}
     names = projection.columns(snapshot.group)
     read = index.read(names, first, last, visits=visits, buffers=buffers)
-    if sums is not None:
-        _check(snapshot, index, rank, pointer, gone, sums.checksums())
     base = (read.offsets[:-1] - first)[rank]
-    return Arena(read.columns, np.where(length > 0, base + end - length, 0), length)
+    arena = Arena(read.columns, np.where(length > 0, base + end - length, 0), length)
+    return index, arena, None if sums is None else sums.checksums()
 
 
 def _needed(index: BucketIndex, rank: I64, start: I64, end: I64) -> tuple[I64, I64]:
@@ -191,15 +191,10 @@ def _needed(index: BucketIndex, rank: I64, start: I64, end: I64) -> tuple[I64, I
     return np.maximum(first, index.gone), np.maximum(last, index.gone)
 
 
-def _check(
-    snapshot: Snapshot,
-    index: BucketIndex,
-    rank: I64,
-    pointer: Mapping[str, I64],
-    gone: GoneRows,
-    sums: I64,
-) -> None:
-    """ChecksumError unless the events behind each pointer sum up to its checksum.
+def _matches(
+    index: BucketIndex, rank: I64, pointer: Mapping[str, I64], gone: GoneRows, sums: I64
+) -> npt.NDArray[np.bool_]:
+    """[P] whether the events behind each pointer sum up to its checksum.
 
     Args:
         sums: [P] of the events that are there.
@@ -208,12 +203,23 @@ def _check(
     # What is gone at the beginning of a whole history is known by its sum (readable.py).
     cut = (length > 0) & (end - length < index.gone[rank])
     found = sums + np.where(cut, gone.checksums[rank], 0).view(np.int64)
-    bad = np.flatnonzero(found != pointer["checksum"])
-    if len(bad):
-        row = int(bad[0])
-        raise ChecksumError(
-            group=snapshot.group.name,
-            user_id=index.user_ids[int(rank[row])].as_py(),
-            end_position=int(end[row]),
-            num_bad=len(bad),
-        )
+    return np.asarray(found == pointer["checksum"])
+
+
+def _error(
+    snapshot: Snapshot,
+    user_ids: pa.Array,
+    rank: I64,
+    pointer: Mapping[str, I64],
+    matches: npt.NDArray[np.bool_],
+) -> ChecksumError | None:
+    bad = np.flatnonzero(~matches)
+    if not len(bad):
+        return None
+    row = int(bad[0])
+    return ChecksumError(
+        group=snapshot.group.name,
+        user_id=user_ids[int(rank[row])].as_py(),
+        end_position=int(pointer["end_position"][row]),
+        num_bad=len(bad),
+    )

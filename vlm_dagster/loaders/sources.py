@@ -26,7 +26,8 @@ class UnitSource(Protocol):
     """Gives units, to any number of threads at a time."""
 
     def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
-        """A unit, read and decoded.
+        """A unit, read and decoded. Sequences that are not what their pointers were made for are marked
+        (`UnitData.kept`).
 
         Its memory may be used again once nothing refers to its arrays any more.
 
@@ -36,7 +37,6 @@ class UnitSource(Protocol):
                 what was proved is kept.
 
         Raises:
-            ChecksumError: a sequence is not the one that its pointer was made for.
             PinError, CorruptFileError, StorageError: what is pinned cannot be read.
         """
         ...
