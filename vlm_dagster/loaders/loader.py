@@ -6,11 +6,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch.utils.data import IterableDataset
@@ -21,6 +19,7 @@ from vlm_dagster.loaders import graph
 from vlm_dagster.loaders.batch import Batch
 from vlm_dagster.loaders.cache import CachedSource
 from vlm_dagster.loaders.cache_facts import CacheFacts
+from vlm_dagster.loaders.epochs import Epochs
 from vlm_dagster.loaders.forming import BatchFormer
 from vlm_dagster.loaders.lengths import Lengths
 from vlm_dagster.loaders.options import (
@@ -33,20 +32,11 @@ from vlm_dagster.loaders.options import (
     check_int,
 )
 from vlm_dagster.loaders.pins import open_histories, tensor_columns
-from vlm_dagster.loaders.plan import Pool, make_plan
-from vlm_dagster.loaders.pool import ExampleKeys, order_of
+from vlm_dagster.loaders.plan import make_plan
 from vlm_dagster.loaders.processes import ProcessSource
 from vlm_dagster.loaders.ranks import rank_of_process, worker_of_process
 from vlm_dagster.loaders.reading import Dropped, EpochReader, Verify
 from vlm_dagster.loaders.report import Meter, Setup
-from vlm_dagster.loaders.schedule import (
-    Cut,
-    Pieces,
-    Schedule,
-    by_count,
-    by_tokens,
-    make_schedule,
-)
 from vlm_dagster.loaders.sources import DirectSource, ReadSpec, UnitSource
 from vlm_dagster.loaders.state import LoaderFacts, Position
 from vlm_dagster.loaders.steps import Share
@@ -54,8 +44,6 @@ from vlm_dagster.pointers import PointerRef, PointerSnapshot
 from vlm_dagster.schema import Projection
 
 __all__ = ["SequenceLoader"]
-
-I64 = npt.NDArray[np.int64]
 
 _LOG = logging.getLogger("vlm_dagster.loader")
 
@@ -239,7 +227,7 @@ class SequenceLoader(IterableDataset[Batch]):
             drop_gone=gone == "drop",
             by_window=order == "time",
         )
-        self._lengths = Lengths(
+        lengths = Lengths(
             self._plan,
             self._pointers,
             self._histories,
@@ -247,6 +235,7 @@ class SequenceLoader(IterableDataset[Batch]):
             verify=verify != "off",
             balance_length=balance_length,
         )
+        self._epochs = Epochs(self._plan, self._options, lengths)
         self._facts = self._find_facts()
         self._workers: Literal["threads", "processes"] = workers
         self._cache = cache
@@ -268,7 +257,6 @@ class SequenceLoader(IterableDataset[Batch]):
         self._dropped = Dropped()
         self.epoch = 0
         self._num_done = 0
-        self._scheduled: tuple[int, list[Pool], Schedule] | None = None
 
     def _open_source(self) -> UnitSource:
         whole = self._verify != "off"
@@ -310,7 +298,7 @@ class SequenceLoader(IterableDataset[Batch]):
 
     def __len__(self) -> int:
         """The batches that this rank gets in the present epoch, from its beginning."""
-        return self._share(0, 0, 1).num_steps
+        return self._share(0).num_steps
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch."""
@@ -318,40 +306,8 @@ class SequenceLoader(IterableDataset[Batch]):
         self.epoch = epoch
         self._num_done = 0
 
-    # -- the order ------------------------------------------------------------------------------
-
-    def _schedule(self) -> tuple[list[Pool], Schedule]:
-        """The pools of the present epoch, by number, and its batches."""
-        if self._scheduled is None or self._scheduled[0] != self.epoch:
-            phases = self._plan.pools(self._options, self.epoch)
-            pools = [pool for lanes in phases for lane in lanes for pool in lane]
-            pools.sort(key=lambda pool: pool.number)
-            schedule = make_schedule(
-                [[_whole(lane) for lane in lanes] for lanes in phases], self._cut(pools)
-            )
-            self._scheduled = self.epoch, pools, schedule
-        return self._scheduled[1:]
-
-    def _cut(self, pools: Sequence[Pool]) -> Cut:
-        options = self._options
-        if options.max_tokens is None:
-            return by_count(options.batch_size)
-        found: dict[int, I64] = {}
-
-        def tokens(pool: int) -> I64:
-            if pool not in found:
-                keys = ExampleKeys.joined([self._lengths.of(unit) for unit in pools[pool].units])
-                order = order_of(options, self.epoch, pool, keys)
-                found[pool] = keys.tokens[order]
-            return found[pool]
-
-        return by_tokens(options.max_tokens, options.batch_size, tokens)
-
-    def _share(self, begin: int, worker: int, num_workers: int) -> Share:
-        return Share(
-            self._schedule()[1],
-            batch_size=None if self._options.max_tokens else self._options.batch_size,
-            uneven=self._options.uneven,
+    def _share(self, begin: int, worker: int = 0, num_workers: int = 1) -> Share:
+        return self._epochs[self.epoch].share(
             begin=begin,
             world_size=self._world_size,
             rank=self._rank,
@@ -372,19 +328,19 @@ class SequenceLoader(IterableDataset[Batch]):
         worker, num_workers = worker_of_process()
         epoch, begin = self.epoch, self._num_done
         share = self._share(begin, worker, num_workers)
-        pools, schedule = self._schedule()
+        order = self._epochs[epoch]
         if self._source is None:
             self._source = self._open_source()
         reader = EpochReader(
             self._plan,
-            pools,
+            order.pools,
             self._source,
             self._options,
             self.epoch,
             verify=self._verify,
             bad=self._bad,
             dropped=self._dropped,
-            slots=_slots(schedule) if self._options.balance else None,
+            slots=order.slots() if self._options.balance else None,
         )
         lanes_here = self._options.lanes // math.gcd(self._options.lanes, self._world_size)
         stop = graph.Stop()
@@ -411,7 +367,9 @@ class SequenceLoader(IterableDataset[Batch]):
                 batch = next(batches)
                 self._count(batch, time.perf_counter() - asked, first=number == 0)
                 steps_done = number * num_workers + worker + 1
-                self._num_done = min(begin + steps_done * self._world_size, schedule.num_batches)
+                self._num_done = min(
+                    begin + steps_done * self._world_size, order.schedule.num_batches
+                )
                 given, used = time.perf_counter(), time.process_time()
                 yield batch
                 del batch  # its memory is free for the next one
@@ -456,7 +414,7 @@ class SequenceLoader(IterableDataset[Batch]):
         found = self._meter.report(self._setup)
         found["bytes_read"] = self._source.bytes_read if self._source is not None else 0
         found["dropped"] = self._dropped.to_json()
-        share = self._share(0, 0, 1)
+        share = self._share(0)
         found["uneven"] = {
             "policy": self._options.uneven,
             "num_left_out": share.num_left_out,
@@ -532,17 +490,3 @@ def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
 def _trait_schema(snapshot: Snapshot, projection: Projection) -> pa.Schema:
     schema = snapshot.group.event_schema
     return pa.schema([schema.field(name) for name in tensor_columns(snapshot, projection)])
-
-
-def _whole(pools: Sequence[Pool]) -> Pieces:
-    sizes = np.array([pool.num_examples for pool in pools], np.int64)
-    return Pieces(np.array([pool.number for pool in pools], np.int64), np.zeros_like(sizes), sizes)
-
-
-def _slots(schedule: Schedule) -> Callable[[int], Pieces]:
-    """Which rows of a pool each batch gets, by pool."""
-    order = np.lexsort((schedule.pieces.first, schedule.pieces.pool))
-    pieces = schedule.pieces[order]
-    num_pools = int(pieces.pool.max(initial=-1)) + 1
-    bounds = np.searchsorted(pieces.pool, np.arange(num_pools + 1)).tolist()
-    return lambda pool: pieces[slice(bounds[pool], bounds[pool + 1])]
