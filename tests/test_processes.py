@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -224,6 +225,26 @@ def test_a_block_larger_than_an_extent_has_one_of_its_own() -> None:
     assert bytes(borrower.borrow(large, len(memory)).slice(len(memory) - 1)) == b"\x09"
     assert os.fstat(descriptor).st_blocks * 512 < 1 << 20
     os.close(descriptor)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_systems_without_files_in_memory_get_one_on_disk_without_a_name(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: bool
+) -> None:
+    def forbidden(name: str) -> int:
+        raise PermissionError(name)
+
+    if missing:
+        monkeypatch.delattr(os, "memfd_create")
+    else:
+        monkeypatch.setattr(os, "memfd_create", forbidden)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = ProcessSource(world.spec, 1)
+    unit = world.plan.units[0]
+    users = world.plan.users_of(unit)
+    assert_same(read(source, world, unit), world.direct().read(unit, users, verify=True))
+    assert list(tmp_path.iterdir()) == []
+    source.close()
 
 
 # -- errors ---------------------------------------------------------------------------------------
