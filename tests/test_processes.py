@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -63,6 +64,12 @@ def hung(world: World, tmp_path: Path) -> World:
         path.unlink()
         os.mkfifo(path)
     return found
+
+
+def started(spec: ReadSpec, num_workers: int) -> ProcessSource:
+    source = ProcessSource(spec, num_workers)
+    source.start()
+    return source
 
 
 def is_running(process_id: int) -> bool:
@@ -130,6 +137,20 @@ def test_threads_share_a_source_and_keep_what_they_got(
         assert_same(one, direct.read(unit, world.plan.users_of(unit), verify=True))
 
 
+def test_workers_start_when_they_are_needed_or_told_to(world: World) -> None:
+    source = ProcessSource(world.spec, 2)
+    assert source.process_ids == []
+    source.start()
+    process_ids = source.process_ids
+    assert len(process_ids) == 2
+    source.start()
+    read(source, world, world.plan.units[0])
+    assert source.process_ids == process_ids
+    source.close()
+    with pytest.raises(WorkerError, match="closed"):
+        source.start()
+
+
 def test_two_sources_are_independent(world: World) -> None:
     unit = world.plan.units[0]
     first, second = ProcessSource(world.spec, 1), ProcessSource(world.spec, 1)
@@ -160,7 +181,7 @@ def resident_kb(process_id: int) -> int:
 
 
 def test_blocks_are_used_again_and_memory_stays_flat(world: World) -> None:
-    source = ProcessSource(world.spec, 1)
+    source = started(world.spec, 1)
     places = set()
     (process_id,) = source.process_ids
     resident = 0
@@ -224,6 +245,26 @@ def test_a_block_larger_than_an_extent_has_one_of_its_own() -> None:
     assert bytes(borrower.borrow(large, len(memory)).slice(len(memory) - 1)) == b"\x09"
     assert os.fstat(descriptor).st_blocks * 512 < 1 << 20
     os.close(descriptor)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_systems_without_files_in_memory_get_one_on_disk_without_a_name(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: bool
+) -> None:
+    def forbidden(name: str) -> int:
+        raise PermissionError(name)
+
+    if missing:
+        monkeypatch.delattr(os, "memfd_create")
+    else:
+        monkeypatch.setattr(os, "memfd_create", forbidden)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = ProcessSource(world.spec, 1)
+    unit = world.plan.units[0]
+    users = world.plan.users_of(unit)
+    assert_same(read(source, world, unit), world.direct().read(unit, users, verify=True))
+    assert list(tmp_path.iterdir()) == []
+    source.close()
 
 
 # -- errors ---------------------------------------------------------------------------------------
@@ -322,7 +363,7 @@ def test_what_is_wrong_with_a_unit_comes_with_it(world: World) -> None:
 
 
 def test_bytes_read_are_counted_also_of_workers_that_died(world: World) -> None:
-    source = ProcessSource(world.spec, 1)
+    source = started(world.spec, 1)
     direct = world.direct()
     assert source.bytes_read == 0
     for unit in world.plan.units[:3]:
@@ -376,7 +417,7 @@ def reading(source: ProcessSource, world: World, unit: Unit) -> tuple[threading.
 def test_a_worker_killed_while_it_reads_is_an_error_at_once_and_replaced(
     world: World, hung: World
 ) -> None:
-    source = ProcessSource(hung.spec, 1)
+    source = started(hung.spec, 1)
     unit = hung.plan.units[0]
     thread, found = reading(source, hung, unit)
     time.sleep(1)
@@ -397,7 +438,7 @@ def test_a_worker_killed_while_it_reads_is_an_error_at_once_and_replaced(
 
 
 def test_an_idle_worker_that_was_killed_is_replaced(world: World) -> None:
-    source = ProcessSource(world.spec, 2)
+    source = started(world.spec, 2)
     unit = world.plan.units[0]
     before = source.process_ids
     kept = read(source, world, unit)
@@ -410,7 +451,7 @@ def test_an_idle_worker_that_was_killed_is_replaced(world: World) -> None:
 
 
 def test_closing_does_not_wait_for_slow_storage(hung: World) -> None:
-    source = ProcessSource(hung.spec, 2)
+    source = started(hung.spec, 2)
     threads = [reading(source, hung, unit) for unit in hung.plan.units[:4]]
     time.sleep(1)
     process_ids = source.process_ids
@@ -499,7 +540,7 @@ def test_a_program_needs_no_guard_and_ends_quietly_without_closing(
 
 
 def test_an_error_that_ends_the_program_ends_the_workers(world: World, tmp_path: Path) -> None:
-    code = "source = ProcessSource(world.spec, 2)\n"
+    code = "source = ProcessSource(world.spec, 2)\nsource.start()\n"
     code += "print(*source.process_ids, flush=True)\nraise KeyError('a step failed')\n"
     result = run(script(tables_of(world), code), "file", tmp_path)
     assert result.stderr.endswith("KeyError: 'a step failed'\n")
@@ -508,6 +549,7 @@ def test_an_error_that_ends_the_program_ends_the_workers(world: World, tmp_path:
 
 HANGING = """
 source = ProcessSource(world.spec, 2)
+source.start()
 print(*source.process_ids, flush=True)
 source.read(unit, users, verify=True)
 """

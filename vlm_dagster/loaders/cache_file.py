@@ -1,8 +1,8 @@
 """A cached unit's file: a header that tells whether the rest is what was written, then the unit.
 
-Mapping the file would save a copy, but a mapped file that somebody cuts short ends the process, and the
-pages of an epoch's files would count as its memory. Reading into memory that is used over and over
-costs little more than mapping anew (page faults).
+Mapping the file would save a copy, 0.3 ms of 8 MB where reading and checking take 0.6. But a mapped
+file that somebody cuts short ends the process, a mapped page that was evicted is read from disk while a
+batch is formed, and an epoch's files would count as the process's memory.
 """
 
 from __future__ import annotations

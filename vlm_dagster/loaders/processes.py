@@ -55,11 +55,10 @@ class ProcessSource:
 
     Args:
         spec: what to read. It goes to the workers with its credentials, over the socket.
-        num_workers: processes, started at once.
+        num_workers: processes. They start with the first read: a cache may need none.
 
     Raises:
         SchemaError: `num_workers` is not 1 or more, or the system has no such sockets.
-        StorageError: a process could not be started.
     """
 
     def __init__(self, spec: ReadSpec, num_workers: int) -> None:
@@ -80,12 +79,16 @@ class ProcessSource:
         self._bytes_of_gone = 0
         self._process_id = os.getpid()
         self._finalizer = weakref.finalize(self, _end, self._workers, self._process_id)
-        try:
-            with self._lock:
-                self._start_missing()
-        except BaseException:
-            self._finalizer()
-            raise
+
+    def start(self) -> None:
+        """Start the workers now, some 0.3 s before they read, rather than when a unit is asked for.
+
+        Raises:
+            WorkerError: this source is closed.
+            StorageError: a process could not be started.
+        """
+        with self._lock:
+            self._start_missing()
 
     @property
     def process_ids(self) -> list[int]:
@@ -98,6 +101,7 @@ class ProcessSource:
 
         Raises:
             WorkerError: the worker died, or this source is closed.
+            StorageError: a process could not be started, or storage refused.
         """
         if os.getpid() != self._process_id:
             raise WorkerError(
@@ -106,8 +110,6 @@ class ProcessSource:
                 "Make the loader in the process that iterates over it.",
             )
         with self._lock:
-            if not self._finalizer.alive:
-                raise _closed()
             self._start_missing()
             worker = min(self._workers, key=lambda one: one.num_waiting)
             future = worker.ask(unit, user_ids, verify)
@@ -132,6 +134,8 @@ class ProcessSource:
             self._finalizer()
 
     def _start_missing(self) -> None:
+        if not self._finalizer.alive:
+            raise _closed()
         gone = [worker for worker in self._workers if not worker.is_alive]
         self._bytes_of_gone += sum(worker.bytes_read for worker in gone)
         self._workers[:] = [worker for worker in self._workers if worker not in gone]

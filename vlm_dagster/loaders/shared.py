@@ -7,6 +7,7 @@ size containers limit, and is gone with the last process that has it, however th
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -31,7 +32,8 @@ _SMALLEST = 1 << 16
 def shared_file() -> int:
     """The descriptor of an empty file without a name, in memory where the system has such files."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("vlm-units")
+        with contextlib.suppress(OSError):  # sandboxes may forbid it
+            return os.memfd_create("vlm-units")
     with tempfile.TemporaryFile(prefix="vlm-units-") as file:
         return os.dup(file.fileno())
 
