@@ -148,7 +148,7 @@ def _work(tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 def _run(future: Future[Any], function: Callable[[], Any]) -> None:
     try:
         future.set_result(function())
-    except Exception as error:
+    except BaseException as error:  # a panic of native code is no Exception, and is waited for too
         future.set_exception(error)
 
 
@@ -223,7 +223,7 @@ class ReadAhead(BaseNode[Ready | Failure]):  # type: ignore[misc]
                     self._look_ahead()
         except _StoppedError:
             raise StopIteration from None
-        except Exception as error:
+        except BaseException as error:
             self._exhausted = True
             self._steps.clear()
             return Failure(error)
@@ -297,7 +297,7 @@ class _Form:
         try:
             with self.meter.busy("form"):
                 return self.form(ready)
-        except Exception as error:
+        except BaseException as error:
             return Failure(error)
 
 
