@@ -89,8 +89,8 @@ class SequenceLoader(IterableDataset[Batch]):
         prefetch: int = 2,
         pin_memory: bool = False,
         device: torch.device | str | None = None,
-        examples_per_unit: int = 1024,
-        events_per_unit: int = 500_000,
+        examples_per_unit: int = 4096,
+        events_per_unit: int = 1_000_000,
         events_per_pool: int = 1_000_000,
         cache: str | os.PathLike[str] | None = None,
         cache_bytes: int = 64 << 30,
@@ -138,7 +138,8 @@ class SequenceLoader(IterableDataset[Batch]):
             prefetch: batches ready ahead; 0 forms them when they are asked for.
             pin_memory: page-lock batches, for transfers to a GPU; no effect without one.
             device: where batches go, without waiting for the transfer; None leaves them here.
-            examples_per_unit, events_per_unit: what is read at once, at most (or one user).
+            examples_per_unit, events_per_unit: what is read at once, at most (or one user). Units that
+                are whole buckets of a history decode nothing twice.
             events_per_pool: of the units shuffled with each other, at most (or one unit).
             cache: a local folder that keeps decoded units, so that later epochs and other runs over
                 the same snapshots need not decode them again; see docs/loading.md.
@@ -343,13 +344,17 @@ class SequenceLoader(IterableDataset[Batch]):
             slots=order.slots() if self._options.balance else None,
         )
         lanes_here = self._options.lanes // math.gcd(self._options.lanes, self._world_size)
+        # One more than there are processes, so that none of them waits for something to do.
+        num_readers = self._num_workers
+        if self._workers == "processes" and num_readers:
+            num_readers += 1
         stop = graph.Stop()
         batches = graph.run(
             graph.epoch_graph(
                 share,
                 reader,
                 BatchFormer(self._form, self._columns, self._traits, self._formed),
-                num_readers=self._num_workers,
+                num_readers=num_readers,
                 num_formers=0,
                 ahead=lanes_here + self._num_workers,
                 prefetch=self._prefetch,
