@@ -301,7 +301,9 @@ def test_pools_are_let_go_after_their_last_use(workers: int) -> None:
     share = share_over(PHASES)
     reader = Reader()
     node = read_ahead(share, reader, workers)
-    later: list[set[int]] = [set(share.step(n).pieces.pool.tolist()) for n in range(share.num_steps)]
+    later: list[set[int]] = [
+        set(share.step(n).pieces.pool.tolist()) for n in range(share.num_steps)
+    ]
     for number in range(share.num_steps):
         ready = next(node)
         assert isinstance(ready, Ready)
