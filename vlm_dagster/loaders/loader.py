@@ -371,7 +371,8 @@ class SequenceLoader(IterableDataset[Batch]):
                 asked = time.perf_counter()
                 batch = next(batches)
                 self._count(batch, time.perf_counter() - asked, first=number == 0)
-                steps_done = number * num_workers + worker + 1
+                # A worker's state is its own: from it, the same worker takes its next step.
+                steps_done = (number + 1) * num_workers
                 self._num_done = min(
                     begin + steps_done * self._world_size, order.schedule.num_batches
                 )
@@ -452,7 +453,8 @@ class SequenceLoader(IterableDataset[Batch]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where this loader stands: after the last batch that it handed out, whatever was prefetched.
-        Ranks that took the same number of steps have equal states."""
+        Ranks that took the same number of steps have equal states. In a worker of a DataLoader it is
+        the state of that worker, which is what `StatefulDataLoader` keeps and gives back."""
         return self._facts.state(Position(self.epoch, self._num_done))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -462,6 +464,9 @@ class SequenceLoader(IterableDataset[Batch]):
             PinError: the state was made on other data, with other options, or by another release.
         """
         position = self._facts.position(state)
+        done = position.num_batches
+        if done and done > self._epochs[position.epoch].schedule.num_batches:
+            raise self._facts.damaged(f"{done} batches done, more than there are")
         self.set_epoch(position.epoch)
         self._num_done = position.num_batches
 

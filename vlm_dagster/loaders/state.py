@@ -64,6 +64,8 @@ class LoaderFacts:
         Raises:
             PinError: the state was made on other data, with other options, or by another release.
         """
+        if not isinstance(state, Mapping):
+            raise self.damaged(f"a {type(state).__name__}")
         if state.get("version") != STATE_VERSION:
             raise PinError(
                 "loader state",
@@ -73,14 +75,9 @@ class LoaderFacts:
             )
         try:
             differences = self._differences(state)
-            position = Position(int(state["epoch"]), int(state["num_batches"]))
+            position = Position(_count(state, "epoch"), _count(state, "num_batches"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PinError(
-                "loader state",
-                pinned=f"no readable value ({error!r})",
-                found=f"a loader of {self.num_examples:,} examples",
-                way_out="It is damaged: take another one, or start the epoch anew.",
-            ) from None
+            raise self.damaged(f"no readable value ({error!r})") from None
         if differences:
             what, pinned, found = differences[0]
             more = f" ({len(differences) - 1} more differences)" if len(differences) > 1 else ""
@@ -91,6 +88,15 @@ class LoaderFacts:
                 way_out=f"Other batches would come{more}: make the loader as it was, or start anew.",
             )
         return position
+
+    def damaged(self, what: str) -> PinError:
+        """The error for a state that no loader made."""
+        return PinError(
+            "loader state",
+            pinned=what,
+            found=f"a loader of {self.num_examples:,} examples",
+            way_out="It is damaged: take another one, or start the epoch anew.",
+        )
 
     def _differences(self, state: Mapping[str, Any]) -> Sequence[tuple[str, object, object]]:
         there, here = state["pointers"], self.pointers
@@ -114,3 +120,10 @@ class LoaderFacts:
             if options.get(name) != mine
         ]
         return found
+
+
+def _count(state: Mapping[str, Any], name: str) -> int:
+    value = state[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}={value!r}")
+    return value
