@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from benchmarks.data import GRID, day, events
-from vlm_dagster import FeatureGroup, HistoryStore, PointerDataset, Trait
+from vlm_dagster import FeatureGroup, HistoryStore, PointerDataset, Projection, Trait
 from vlm_dagster.history import Snapshot
 from vlm_dagster.pointers import PointerSnapshot
 from vlm_dagster.sealed.gathering import gather
@@ -102,6 +102,15 @@ class Data:
     def stored_bytes(self) -> int:
         """Of history and pointers, logs included."""
         return folder_bytes(Path(self.history_uri)) + folder_bytes(Path(self.pointers_uri))
+
+    def sorted_events(self) -> pa.Table:
+        """All events by user and time, with their times, in memory."""
+        snapshot = self.snapshot()
+        users = pa.array(np.arange(self.shape.num_users))
+        names = ["event_time", *TRAITS]
+        histories = snapshot.read(users, Projection(names))
+        owners = np.repeat(np.arange(len(users)), histories.lengths)
+        return pa.table({"user_id": owners, **{name: histories.columns[name] for name in names}})
 
     @cached_property
     def examples(self) -> Examples:
