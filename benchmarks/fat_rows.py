@@ -150,7 +150,7 @@ def _newest(
     lengths = np.minimum(np.diff(offsets), newest)
     ends = np.cumsum(lengths)
     places = np.repeat(offsets[1:] - ends, lengths) + np.arange(int(ends[-1]))
-    return values[torch.from_numpy(places)], np.append(0, ends)
+    return torch.from_numpy(values.numpy()[places]), np.append(0, ends)
 
 
 def _in_threads_of_arrow(path: Path, newest: int | None) -> Iterator[int]:

@@ -1,6 +1,6 @@
 """The sequences of each batch found by a join with the events as of each example's time, in Polars:
-what one writes without a store of histories. The events lie in memory already, sorted; the join finds the
-last event before each example, and its sequence are the rows up to there."""
+what one writes without a store of histories. The events of the examples' users lie in memory already,
+sorted; the join finds the last event before each example, and its sequence are the rows up to there."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class AsOf:
     """Every batch of an epoch joined by itself, or of the first so many batches."""
 
     def __init__(self, data: Data, length: int, most: int) -> None:
-        examples = data.examples
-        table = data.sorted_events()
+        examples = data.examples.first(most)
+        table = data.events_of(np.unique(examples.user_ids))
         self._events = pl.DataFrame(pl.from_arrow(table)).with_row_index("row")
         self._keys = self._events.select("user_id", "event_time", "row").with_columns(
             first=pl.col("row").min().over("user_id")
         )
         self._length = length
-        rows = np.arange(min(len(examples), most))
+        rows = np.arange(len(examples))
         self._batches = [
             pl.DataFrame(
                 {"user_id": examples.user_ids[part], "request_time": examples.times[part]}
@@ -51,6 +51,7 @@ class AsOf:
             by="user_id",
             strategy="backward",
             allow_exact_matches=False,
+            check_sortedness=False,
         )
         last = found["row"].to_numpy().astype(np.int64) + 1
         first = np.maximum(last - self._length, found["first"].to_numpy().astype(np.int64))

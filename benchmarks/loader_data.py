@@ -18,7 +18,17 @@ from vlm_dagster.history import Snapshot
 from vlm_dagster.pointers import PointerSnapshot
 from vlm_dagster.sealed.gathering import gather
 
-__all__ = ["BATCH", "TRAITS", "Data", "Examples", "Shape", "folder_bytes"]
+__all__ = [
+    "BATCH",
+    "GROUP",
+    "TRAITS",
+    "Data",
+    "Examples",
+    "Shape",
+    "folder_bytes",
+    "history_day",
+    "requests_day",
+]
 
 I64 = npt.NDArray[np.int64]
 
@@ -87,9 +97,9 @@ class Data:
         )
         per_day = shape.history // shape.num_days
         for number in range(shape.num_days):
-            store.seal(day(number), _events(number, shape.num_users, per_day))
+            store.seal(day(number), history_day(number, shape.num_users, per_day))
             if number >= shape.num_days - shape.example_days:
-                requests = _requests(number, shape.num_users, shape.per_day)
+                requests = requests_day(number, shape.num_users, shape.per_day)
                 pointers.seal(day(number), requests, {GROUP.name: store.snapshot()})
 
     def snapshot(self) -> Snapshot:
@@ -103,13 +113,11 @@ class Data:
         """Of history and pointers, logs included."""
         return folder_bytes(Path(self.history_uri)) + folder_bytes(Path(self.pointers_uri))
 
-    def sorted_events(self) -> pa.Table:
-        """All events by user and time, with their times, in memory."""
-        snapshot = self.snapshot()
-        users = pa.array(np.arange(self.shape.num_users))
+    def events_of(self, users: I64) -> pa.Table:
+        """All events of some users by user and time, with their times, in memory."""
         names = ["event_time", *TRAITS]
-        histories = snapshot.read(users, Projection(names))
-        owners = np.repeat(np.arange(len(users)), histories.lengths)
+        histories = self.snapshot().read(pa.array(users), Projection(names))
+        owners = np.repeat(users, histories.lengths)
         return pa.table({"user_id": owners, **{name: histories.columns[name] for name in names}})
 
     @cached_property
@@ -117,7 +125,7 @@ class Data:
         return Examples.of(self.pointers(), self.snapshot())
 
 
-def _events(number: int, num_users: int, per_day: int) -> pa.Table:
+def history_day(number: int, num_users: int, per_day: int) -> pa.Table:
     """Events of one day in order of time, equally many of each user."""
     table = events(number, 1, num_users * per_day).drop_columns(["action"])
     users = np.repeat(np.arange(num_users), per_day)
@@ -128,7 +136,8 @@ def _events(number: int, num_users: int, per_day: int) -> pa.Table:
     return table.set_column(at, "category", table["category"].cast(pa.int32()))
 
 
-def _requests(number: int, num_users: int, per_day: int) -> pa.Table:
+def requests_day(number: int, num_users: int, per_day: int) -> pa.Table:
+    """Requests of one day at random times, equally many of each user."""
     window = GRID.parse(day(number))
     num = num_users * per_day
     times = np.random.default_rng([1, number]).integers(window.start_us, window.end_us, num)
@@ -178,6 +187,17 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def first(self, num: int) -> Examples:
+        """The first so many examples."""
+        part = slice(num)
+        return Examples(
+            self.user_ids[part],
+            self.times[part],
+            self.starts[part],
+            self.lengths[part],
+            self.columns,
+        )
 
     @property
     def by_time(self) -> I64:

@@ -64,9 +64,7 @@ class Floor:
         for bucket, paths in sorted(by_bucket.items()):
             mine = of == bucket
             pieces = self._needed(paths, examples.user_ids[mine], examples.times[mine], length)
-            self._units += _cut(
-                pieces, examples.user_ids[mine].tolist(), lengths[mine].tolist()
-            )
+            self._units += _cut(pieces, examples.user_ids[mine].tolist(), lengths[mine].tolist())
 
     def _needed(
         self, paths: list[str], users: I64, times: I64, length: int
