@@ -71,9 +71,9 @@ class Bench(Figures):
                 self.shape(shape),
                 newest=newest,
                 rounds=self.rounds,
-                fat_bytes=(1 << 25) if self.quick else 1_600_000_000,
-                most=512 if self.quick else 4_096,
-                brief=brief or self.quick,
+                fat_bytes=(1 << 24) if self.quick else 1_600_000_000,
+                most=256 if self.quick else 4_096,
+                brief=brief,
             )
             self.cells[name] = found
             self._show(name, found)
@@ -176,7 +176,7 @@ def moved(bench: Bench) -> None:
 
 
 def stored(bench: Bench) -> None:
-    users = 20 if bench.quick else 500
+    users = 5 if bench.quick else 500
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
         # As the target's own arithmetic has it: users of 6,000 events, most of them older.
         sizes = loader_stored.stored_bytes(Path(folder), users, 4_200, 60, 4_096, 16)
@@ -190,7 +190,7 @@ def stored(bench: Bench) -> None:
 
 
 def memory(bench: Bench) -> None:
-    few, lots = (1_000_000, 4_000_000) if bench.quick else (10_000_000, 200_000_000)
+    few, lots = (1_000_000, 3_000_000) if bench.quick else (10_000_000, 200_000_000)
     peaks: dict[tuple[int, str], float] = {}
     for num_events in (few, lots):
         folder = bench.folder / f"memory-{num_events}"
@@ -217,7 +217,7 @@ def memory(bench: Bench) -> None:
 
 def start(bench: Bench) -> None:
     folder = str(bench.folder / "start")
-    found = in_process("benchmarks.loader_start", "build", folder=folder)
+    found = in_process("benchmarks.loader_start", "build", folder=folder, quick=bench.quick)
     for resume in (False, True):
         name = "resume" if resume else "start"
         call = partial(in_process, "benchmarks.loader_start", "first_batch", folder=folder)
@@ -236,7 +236,7 @@ def stall(bench: Bench) -> None:
         ours = Ours(data, MAIN.length, form=form)
         rate = max(floor.examples_per_s(threads, copies=form == "expanded") for threads in (1, 2))
         for sleep_ms in SLEEPS_MS:
-            share = starved_share(ours, sleep_ms, 20 if bench.quick else 200)
+            share = starved_share(ours, sleep_ms, 8 if bench.quick else 200)
             name = f"starved, steps of {sleep_ms} ms, {form}"
             bench.figure(name, share, "ratio", "<=", 0.01)
         bench.note("a batch takes the floor", 256e3 / rate, "ms")

@@ -79,7 +79,7 @@ def run_cell(
     length = newest or shape.length
     data = Data(folder, shape)
     arms: dict[str, Arm] = {}
-    examples = data.examples.first(max(fat_bytes // (24 * shape.length), 2 * BATCH))
+    examples = data.examples.first(max(fat_bytes // (24 * shape.length), BATCH // 4))
     sizes = {"values": 24 * int(examples.lengths.sum())}
     ways: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
