@@ -16,7 +16,7 @@ WORKERS ?= auto
 export VLM_HOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ui test check format bench bench-history clean
+.PHONY: help setup demo ui test check format bench bench-history bench-loader clean
 
 help: ## List what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -49,11 +49,14 @@ format: $(READY) ## Format and fix what can be fixed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(READY) ## Measure sealing and loading on this machine
+bench: $(READY) ## Measure sealing, and a little of loading, on this machine
 	@$(BIN)/python -m benchmarks.run $(ARGS)
 
 bench-history: $(READY) ## Measure the history store: layout, compaction, newest events
 	@$(BIN)/python -m benchmarks.history $(ARGS)
+
+bench-loader: $(READY) ## Measure the loader against fat rows, other loaders and the floor
+	@$(BIN)/python -m benchmarks.loader $(ARGS)
 
 clean: ## Remove what the demo made; .venv stays
 	rm -rf $(VLM_HOME)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pyarrow as pa
 
@@ -47,12 +45,3 @@ def events(number: int, num_users: int, num_events: int, seed: int = 0) -> pa.Ta
             "dwell_seconds": rng.gamma(2.0, 10.0, num_events).astype(np.float32),
         }
     )
-
-
-def even_history(num_users: int, length: int, days: int) -> Iterator[tuple[str, pa.Table]]:
-    """Every user has `length` events, spread evenly over the days."""
-    per_day = -(-length // days)
-    for number in range(days):
-        table = events(number, 1, num_users * per_day)
-        users = np.random.default_rng(number).permutation(np.repeat(np.arange(num_users), per_day))
-        yield day(number), table.set_column(0, "user_id", pa.array(users))

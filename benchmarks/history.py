@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import operator
 import os
 import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,34 +21,21 @@ from typing import Any
 import numpy as np
 
 from benchmarks import history_files, sealing
+from benchmarks.figures import Figures
 from benchmarks.history_floor import floor_bits
 from benchmarks.history_others import LANCE_PYTHON
 from benchmarks.history_read import column_bytes, units
 from benchmarks.history_year import DAYS, EARLY, EXTRA, FULL, LATE, QUICK, YEAR
-from benchmarks.measure import in_process, machine
+from benchmarks.measure import in_process
 from vlm_dagster import HistoryStore
-
-_HOLDS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 
 
 @dataclass
-class Bench:
+class Bench(Figures):
     """The arms' shared table and what they found."""
 
-    quick: bool
-    folder: str
-    figures: list[dict[str, Any]] = field(default_factory=list)
-
-    def figure(self, name: str, value: float, unit: str, how: str, limit: float) -> None:
-        holds = _HOLDS[how](value, limit)
-        reach = f"{how} {limit:g}"
-        value = float(f"{value:.4g}")
-        row = {"name": name, "value": value, "unit": unit, "reach": reach, "holds": holds}
-        self.figures.append(row)
-        print(f"{name:<52}{value:>14,.6g} {unit:<10} {reach:<10} {'holds' if holds else 'MISSES'}")
-
-    def note(self, name: str, value: float, unit: str) -> None:
-        print(f"    {name:<48}{value:>14,.6g} {unit}", flush=True)
+    quick: bool = False
+    folder: str = ""
 
     @property
     def shape(self) -> Any:
@@ -241,10 +227,10 @@ def main() -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vlm-bench-"))
-        bench = Bench(asked.quick, folder)
+        bench = Bench(quick=asked.quick, folder=folder)
         for arm in chosen(asked.only):
             arm(bench)
-    print(json.dumps({"machine": machine(), "quick": asked.quick, "figures": bench.figures}))
+    bench.end(asked.quick)
 
 
 if __name__ == "__main__":

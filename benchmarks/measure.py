@@ -57,11 +57,19 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+def in_turn(
+    arms: dict[str, Callable[[], float]], rounds: int, *, skip: int = 0
+) -> dict[str, float]:
     """The median of each arm's figure over some rounds, the arms taking turns, so that a machine
-    that speeds up or slows down does so for all of them."""
+    that speeds up or slows down does so for all of them.
+
+    Args:
+        skip: the first so many rounds do not count: they warm up.
+    """
     figures: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, arm in arms.items():
-            figures[name].append(arm())
+            found = arm()
+            if number >= skip:
+                figures[name].append(found)
     return {name: statistics.median(values) for name, values in figures.items()}

@@ -1,13 +1,24 @@
-"""`make bench`: sealing and loading on this machine, as a table, then as one JSON line."""
+"""`make bench`: sealing, and a little of loading, on this machine, as a table, then as one JSON line.
+
+`make bench-history` and `make bench-loader` measure each in full.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from benchmarks import loading, sealing
+from benchmarks import sealing
+from benchmarks.loader_cell import run_cell
+from benchmarks.loader_data import Shape
 from benchmarks.measure import machine
+
+# What `make bench-loader` measures in full.
+_SHAPE = Shape(1_000, 6_000, 16, 4_096)
 
 
 def figures(quick: bool) -> list[dict[str, Any]]:
@@ -19,23 +30,14 @@ def figures(quick: bool) -> list[dict[str, Any]]:
         ("sealing, bytes stored", seal["bytes_per_event"], "bytes/event"),
         ("sealing, peak memory", seal["peak_rss_mb"], "MB"),
     ]
-    users = 100 if quick else 400
-    for length in (200, 4096):
-        load = loading.run(users, 5000, length, 16, rounds)
-        name = f"loading, L={length}, 16 examples a user"
-        rows += [
-            (name, load["ours_examples_per_s"], "examples/s"),
-            (name, load["ours_events_per_s"], "events/s"),
-            (f"{name}, unverified", load["ours_unverified_examples_per_s"], "examples/s"),
-            (f"{name}, fat rows by time", load["fat_time_examples_per_s"], "examples/s"),
-            (f"{name}, fat rows by user", load["fat_user_examples_per_s"], "examples/s"),
-            (f"{name}, floor", load["floor_examples_per_s"], "examples/s"),
-            (f"{name}, against the best fat rows", load["against_best_fat"], "ratio"),
-            (f"{name}, share of the floor", load["share_of_floor"], "ratio"),
-            (f"{name}, fat rows by time, stored", load["fat_time_bytes"] / 1e6, "MB"),
-            (f"{name}, fat rows by user, stored", load["fat_user_bytes"] / 1e6, "MB"),
-            (f"{name}, history and pointers, stored", load["stored_bytes"] / 1e6, "MB"),
-        ]
+    shape = replace(_SHAPE, num_users=200) if quick else _SHAPE
+    with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
+        cell = run_cell(
+            Path(folder), shape, rounds=rounds, fat_bytes=100_000_000, most=512, brief=True
+        )
+    for arm, rate in cell.rates.items():
+        if arm == cell.opponent or arm.startswith(("ours", "floor")):
+            rows.append((f"loading, K=16, L=4096, {arm}", rate, "examples/s"))
     return [{"name": n, "value": float(f"{value:.4g}"), "unit": unit} for n, value, unit in rows]
 
 
