@@ -75,7 +75,7 @@ class SequenceLoader(IterableDataset[Batch]):
         rank: int | None = None,
         world_size: int | None = None,
         order: OrderOf = "shuffled",
-        mix: int = 64,
+        mix: int = 16,
         lanes: int | None = None,
         max_tokens: int | None = None,
         balance: Balance | None = None,

@@ -24,6 +24,7 @@ __all__ = ["Meter", "Setup", "sentence"]
 _MOST_WAITS = 100_000
 # Below this share of its time, waiting is no trainer's problem.
 _STARVED = 0.01
+_SLOW_START_S = 2.0
 # A stage is what holds all else up if its threads work more than this share of the time.
 _SATURATED = 0.75
 
@@ -168,11 +169,15 @@ def sentence(report: Mapping[str, Any], setup: Setup) -> str:
     share = float(report["starved_share"])
     if not report["num_batches"]:
         return "Nothing was loaded yet."
+    first = float(report["first_batch_seconds"])
+    start = ""
+    if first > max(_SLOW_START_S, _STARVED * float(report["seconds"])):
+        start = f" The first batch came after {first:.1f} s: fewer units a pool (mix) start sooner."
     waited = f"The trainer waited {share:.1%} of the time"
     if share < _STARVED:
-        return f"{waited}: loading does not hold it up."
+        return f"{waited}: loading does not hold it up.{start}"
     waited += f" (p95 of a batch {report['data_ready_ms']['p95']:.1f} ms)"
-    return f"{waited}. {_cause(report, setup)}"
+    return f"{waited}. {_cause(report, setup)}{start}"
 
 
 def _cause(report: Mapping[str, Any], setup: Setup) -> str:

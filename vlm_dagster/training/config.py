@@ -103,7 +103,7 @@ class TrainingConfig:
     max_seconds: float | None = None
     seed: int = 0
     num_workers: int = 2
-    mix: int = 64
+    mix: int = 16
     gone: Literal["fail", "drop"] = "fail"
     device: str = "auto"
     num_threads: int | None = None
