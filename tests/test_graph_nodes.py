@@ -216,6 +216,11 @@ def test_every_node_goes_on_in_epochs_of_any_size(
 # -- errors ---------------------------------------------------------------------------------------
 
 
+def collect(found: list[Any], batches: Iterator[Batch]) -> None:
+    for batch in batches:
+        found.append(seen(batch))  # noqa: PERF401 - what came before an error counts
+
+
 class Panic(BaseException):
     """As native code raises it: no Exception, yet it must not leave anybody waiting."""
 
@@ -237,10 +242,9 @@ def test_an_error_of_reading_comes_at_its_place_as_it_was_raised(
     assert first > 1
     whole = rest(whole_graph(share, Reader()))
     stop = Stop()
-    found = []
+    found: list[Any] = []
     with pytest.raises(type(error)) as raised:
-        for batch in run(whole_graph(share, Reader(before), readers, 0, prefetch, stop), stop):
-            found.append(seen(batch))
+        collect(found, run(whole_graph(share, Reader(before), readers, 0, prefetch, stop), stop))
     assert raised.value is error
     assert found == whole[:first]
 
@@ -258,10 +262,9 @@ def test_an_error_of_forming_comes_at_its_place_as_it_was_raised(
 
     share = share_over(PHASES)
     stop = Stop()
-    found = []
+    found: list[Any] = []
     with pytest.raises(type(error)) as raised:
-        for batch in run(whole_graph(share, Reader(), 2, formers, prefetch, stop, failing), stop):
-            found.append(seen(batch))
+        collect(found, run(whole_graph(share, Reader(), 2, formers, prefetch, stop, failing), stop))
     assert raised.value is error
     assert len(found) == 4
 

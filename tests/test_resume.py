@@ -71,7 +71,7 @@ def test_what_was_read_ahead_is_not_in_a_state(
 ) -> None:
     whole = contents(loader_of(pointers))
     stopping = loader_of(pointers, **workers)
-    again = loader_of(pointers, **{"num_workers": 2, "prefetch": 1})
+    again = loader_of(pointers, num_workers=2, prefetch=1)
     for done, _ in enumerate(stopping, 1):
         state = through_json(stopping.state_dict())
         if done % 4 == 0:
@@ -222,9 +222,7 @@ def test_a_state_with_a_damaged_part_is_refused(
 
 @pytest.mark.parametrize("value", [None, "1", 1.0, True, -1, [1]])
 @pytest.mark.parametrize("key", ["epoch", "num_batches"])
-def test_a_count_that_is_none_is_refused(
-    pointers: PointerDataset, key: str, value: object
-) -> None:
+def test_a_count_that_is_none_is_refused(pointers: PointerDataset, key: str, value: object) -> None:
     loader = loader_of(pointers)
     before = loader.state_dict()
     with pytest.raises(PinError, match=f"{key}.*{DAMAGED}"):

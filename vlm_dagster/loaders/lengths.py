@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from vlm_dagster.errors import CorruptFileError
 from vlm_dagster.history import Snapshot
 from vlm_dagster.loaders.plan import Plan, Unit
 from vlm_dagster.loaders.pool import ExampleKeys
@@ -28,6 +29,8 @@ class Lengths:
     Args:
         verify: whether checksums will be verified, which decides what examples can be rebuilt.
         balance_length: see `OrderOptions`.
+        drop_bad: where pointers cannot be read, take their examples for empty, of one user; reading will
+            leave them out.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Lengths:
         *,
         verify: bool,
         balance_length: int,
+        drop_bad: bool = False,
     ) -> None:
         self._plan = plan
         self._pointers = pointers
@@ -46,12 +50,18 @@ class Lengths:
         self._projections = projections
         self._verify = verify
         self._balance_length = balance_length
+        self._drop_bad = drop_bad
         self._found: dict[int, ExampleKeys] = {}
 
     def of(self, unit: int) -> ExampleKeys:
         """Of the examples of a unit, in file order."""
         if unit not in self._found:
-            self._found[unit] = self._read(self._plan.units[unit])
+            try:
+                self._found[unit] = self._read(self._plan.units[unit])
+            except CorruptFileError:
+                if not self._drop_bad:
+                    raise
+                self._found[unit] = ExampleKeys.unknown(self._plan.units[unit].num_examples)
         return self._found[unit]
 
     def _read(self, unit: Unit) -> ExampleKeys:

@@ -228,15 +228,16 @@ class SequenceLoader(IterableDataset[Batch]):
             drop_gone=gone == "drop",
             by_window=order == "time",
         )
-        lengths = Lengths(
+        self._lengths = Lengths(
             self._plan,
             self._pointers,
             self._histories,
             self._projections,
             verify=verify != "off",
             balance_length=balance_length,
+            drop_bad=bad == "drop",
         )
-        self._epochs = Epochs(self._plan, self._options, lengths)
+        self._epochs = Epochs(self._plan, self._options, self._lengths)
         self._facts = self._find_facts()
         self._workers: Literal["threads", "processes"] = workers
         self._cache = cache
@@ -341,6 +342,7 @@ class SequenceLoader(IterableDataset[Batch]):
             verify=self._verify,
             bad=self._bad,
             dropped=self._dropped,
+            lengths=self._lengths,
             slots=order.slots() if self._options.balance else None,
         )
         lanes_here = self._options.lanes // math.gcd(self._options.lanes, self._world_size)

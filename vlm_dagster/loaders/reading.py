@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vlm_dagster.errors import CorruptFileError, VlmError
+from vlm_dagster.loaders.lengths import Lengths
 from vlm_dagster.loaders.materialize import UnitData
 from vlm_dagster.loaders.options import OrderOptions
 from vlm_dagster.loaders.plan import Plan, Pool
@@ -54,6 +55,7 @@ class EpochReader:
 
     Args:
         pools: of the epoch, by number.
+        lengths: of examples that cannot be read, so that all others come in the order planned.
         slots: which rows of a pool each batch gets, for dealing; None where nothing is dealt.
         bad: "fail" raises what reading raises; "drop" leaves damaged examples out and counts them.
     """
@@ -69,6 +71,7 @@ class EpochReader:
         verify: Verify,
         bad: Literal["fail", "drop"],
         dropped: Dropped,
+        lengths: Lengths,
         slots: Callable[[int], Pieces] | None,
     ) -> None:
         self._plan = plan
@@ -79,6 +82,7 @@ class EpochReader:
         self._verify = verify
         self._bad = bad
         self._dropped = dropped
+        self._lengths = lengths
         self._slots = slots
 
     def units(self, pool: int) -> Sequence[int]:
@@ -108,11 +112,12 @@ class EpochReader:
         return float(np.random.Generator(np.random.Philox(key)).random()) < _SAMPLED_SHARE
 
     def joined(self, pool: int, units: Sequence[UnitData | None]) -> PoolData:
-        planned = [self._plan.units[number].num_examples for number in self._pools[pool].units]
+        numbers = self._pools[pool].units
+        planned = [self._plan.units[number].num_examples for number in numbers]
         keys = ExampleKeys.joined(
             [
-                _keys(unit, self._options) if unit is not None else ExampleKeys.unknown(number)
-                for unit, number in zip(units, planned, strict=True)
+                _keys(unit, self._options) if unit is not None else self._lengths.of(number)
+                for unit, number in zip(units, numbers, strict=True)
             ]
         )
         order = order_of(self._options, self._epoch, pool, keys)
