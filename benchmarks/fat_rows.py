@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -110,7 +110,7 @@ def _as_blobs(rows: pa.Table) -> pa.Table:
 
 # -- reading ---------------------------------------------------------------------------------
 
-Rows = pa.RecordBatch | pa.Table
+Rows: TypeAlias = pa.RecordBatch | pa.Table
 
 
 def tensors(rows: Rows, newest: int | None = None) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -23,7 +23,7 @@ class Panel:
     """One plot: for each label of the x axis, a value of each line; the y axis begins at 0."""
 
     title: str
-    lines: dict[str, Sequence[float]]
+    lines: Mapping[str, Sequence[float]]
     unit: str = ""
     top: float | None = None
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.fat_rows import LAYOUTS, FatRows, write
+import torch
+
+from benchmarks.fat_rows import LAYOUTS, FatRows, tensors, write
 from benchmarks.loader_asof import AsOf
-from benchmarks.loader_data import BATCH, Data, Shape
+from benchmarks.loader_data import BATCH, TRAITS, Data, Shape
 from benchmarks.loader_floor import Floor
 from benchmarks.loader_ours import Ours
 from benchmarks.loader_rivals import LANCE_PYTHON, MOSAIC_PYTHON, Rival, available
@@ -80,6 +82,7 @@ def run_cell(
     data = Data(folder, shape)
     arms: dict[str, Arm] = {}
     examples = data.examples.first(max(fat_bytes // (24 * shape.length), BATCH // 4))
+    _check_same(data, length)
     sizes = {"values": 24 * int(examples.lengths.sum())}
     ways: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -117,6 +120,18 @@ def run_cell(
         # Once unmeasured: files and memory as they are in the middle of a run.
         rates = in_turn(arms, rounds + 1, skip=1)
     return Cell(rates, sizes, ways)
+
+
+def _check_same(data: Data, length: int) -> None:
+    """That ours and the fat rows are the same examples: a benchmark of other data says nothing."""
+    batch = Ours(data, length, order="stored").first()
+    rows = next(data.examples.first(BATCH).rows())
+    assert batch.examples["user_id"].tolist() == rows["user_id"].to_pylist()
+    sequence = batch.sequences["events"]
+    for name in TRAITS:
+        expected = tensors(rows, length)
+        assert torch.equal(sequence.values[name], expected[name]), name
+        assert sequence.offsets.tolist() == expected[f"{name}_offsets"].tolist()
 
 
 def _ours(data: Data, length: int, brief: bool) -> dict[str, Arm]:

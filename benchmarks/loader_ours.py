@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.loader_data import BATCH, TRAITS, Data
 from vlm_dagster import Projection, SequenceLoader
+from vlm_dagster.loaders import Batch
 
 __all__ = ["Ours"]
 
@@ -23,6 +24,10 @@ class Ours:
         self.loader = SequenceLoader(
             data.pointers(), {"events": Projection(TRAITS, max_length=length)}, BATCH, **options
         )
+
+    def first(self) -> Batch:
+        """The first batch of an epoch."""
+        return next(iter(self.loader))
 
     def examples_per_s(self) -> float:
         start = time.perf_counter()

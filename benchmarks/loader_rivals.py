@@ -41,7 +41,8 @@ class Rival:
     """
 
     def __init__(self, variable: str, rows: Path, folder: Path, newest: int | None) -> None:
-        script = str(Path(__file__).with_name(_SCRIPTS[variable]))
+        self._script = _SCRIPTS[variable]
+        script = str(Path(__file__).with_name(self._script))
         self._process = subprocess.Popen(
             [os.environ[variable], script, str(rows), str(folder), str(newest or 0)],
             stdin=subprocess.PIPE,
@@ -65,7 +66,7 @@ class Rival:
                 found: dict[str, Any] = json.loads(line)
                 return found
         raise RuntimeError(
-            f"{self._process.args} ended with {self._process.wait()}; what it said is above"
+            f"{self._script} ended with {self._process.wait()}; what it said is above"
         )
 
     def __enter__(self) -> Self:
