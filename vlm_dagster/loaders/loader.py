@@ -89,7 +89,7 @@ class SequenceLoader(IterableDataset[Batch]):
         prefetch: int = 2,
         pin_memory: bool = False,
         device: torch.device | str | None = None,
-        examples_per_unit: int = 4096,
+        examples_per_unit: int = 65_536,
         events_per_unit: int = 1_000_000,
         events_per_pool: int = 1_000_000,
         cache: str | os.PathLike[str] | None = None,
