@@ -40,6 +40,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that a few thousand events take all the turns."""
     monkeypatch.setattr(reader, "_PIECE_ROWS", 97)
     monkeypatch.setattr(filling, "_PIECES_AT_ONCE", 2)
+    monkeypatch.setattr(filling, "_ROWS_TOGETHER", 45)
+    monkeypatch.setattr(reader, "_COLUMNS_AT_ONCE", 2)
     monkeypatch.setattr(gathering, "_LONG", 9)
     monkeypatch.setattr(gathering, "_BLOCK", 3)
     monkeypatch.setattr(buffers_module, "_SMALLEST", 64)

@@ -32,6 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashing, "_BLOCK_WORDS", 7)
     monkeypatch.setattr(reader, "_PIECE_ROWS", 41)
     monkeypatch.setattr(filling, "_PIECES_AT_ONCE", 2)
+    monkeypatch.setattr(filling, "_ROWS_TOGETHER", 30)
 
 
 # -- sums of runs ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Filling arenas: decode some row groups of a file, copy their ranges into place, go on.
 
 Nothing is held of a file but the piece being decoded, which is still in the processor's cache when it
-is copied from. Files are independent of each other, so threads share them out; where storage has to
+is copied from. Pieces of small files are copied together, as each copying costs something. Files are independent of each other, so threads share them out; where storage has to
 fetch, the bytes of the next files are on their way meanwhile.
 """
 
@@ -29,6 +29,8 @@ I64 = npt.NDArray[np.int64]
 # A task is so many pieces of a file: enough that opening it again costs nothing beside, few enough
 # that threads end at about the same time.
 _PIECES_AT_ONCE = 16
+# Smaller pieces wait for others until there are so many rows.
+_ROWS_TOGETHER = 32_768
 # Some 10 ms of decoding, a hundred times what it takes to start threads.
 _MANY_EVENTS = 1_000_000
 # Fetched ahead of decoding.
@@ -88,13 +90,26 @@ def fill(
     if threads is None:
         threads = min(_num_cores(), 4) if num_events >= _MANY_EVENTS else 1
     names = list(dict.fromkeys([*kinds, *visits]))
+    if not names:
+        return {}
+    # Threads take one, and leave it to the next one.
+    idle: deque[_Filler] = deque()
+
+    def take(task: _Task, source: Any) -> None:
+        try:
+            filler = idle.pop()
+        except IndexError:
+            filler = _Filler(arena, names)
+        filler.take(task, source)
+        idle.append(filler)
+
     with _Ahead(tasks, names) as sources:
         if threads > 1 and len(tasks) > 1:
             with ThreadPoolExecutor(threads, thread_name_prefix="vlm-decode") as pool:
                 running: deque[Future[None]] = deque()
                 try:
                     for task, source in sources:
-                        running.append(pool.submit(arena.take, task, names, source))
+                        running.append(pool.submit(take, task, source))
                         if len(running) > threads:
                             running.popleft().result()
                     while running:
@@ -104,7 +119,9 @@ def fill(
                         future.cancel()
         else:
             for task, source in sources:
-                arena.take(task, names, source)
+                take(task, source)
+    for filler in idle:
+        filler.flush()
     return arena.columns()
 
 
@@ -127,8 +144,10 @@ def _tasks(parts: Sequence[FilePart]) -> Iterator[_Task]:
 def _cut(pieces: Sequence[Piece], starts: I64, counts: I64, targets: I64) -> list[Ranges]:
     """The ranges of each piece: those that reach over a piece's end are cut there."""
     order = np.argsort(starts)
-    starts, targets = starts[order], targets[order]
-    ends = starts + counts[order]
+    starts, counts, targets = starts[order], counts[order], targets[order]
+    if len(pieces) == 1:
+        return [(starts, counts, targets)]
+    ends = starts + counts
     begins = np.array([piece.begin for piece in pieces])
     owner = np.searchsorted(starts, begins) - 1  # the last range that begins before
     cut = (owner >= 0) & (ends[owner] > begins)
@@ -202,19 +221,14 @@ class _Arena:
             name: [] for name, width in widths.items() if width is None
         }
 
-    def take(self, task: _Task, names: Sequence[str], source: Any) -> None:
-        """Decode a task's pieces and copy their ranges into place."""
-        here = -1
-        for at, name, column in task.reader.decode(source, names, task.pieces):
-            if at != here:
-                here, placement = at, Placement(*task.ranges[at])
-            values = _whole(column)
-            if name in self._visits:
-                self._visits[name](values, *task.ranges[at])
-            if name in self._memory:
-                placement.copy(values, self._memory[name])
-            elif name in self._pieces:
-                self._pieces[name].append((values, *task.ranges[at]))
+    def place(self, name: str, values: pa.Array, ranges: Ranges, placement: Placement) -> None:
+        """Copy ranges of some values of a column into place."""
+        if name in self._visits:
+            self._visits[name](values, *ranges)
+        if name in self._memory:
+            placement.copy(values, self._memory[name])
+        elif name in self._pieces:
+            self._pieces[name].append((values, *ranges))
 
     def columns(self) -> dict[str, pa.Array]:
         """All columns, once all tasks are done."""
@@ -235,6 +249,58 @@ class _Arena:
         begins = np.concatenate([s + b for s, b in zip(starts, bases, strict=True)])
         order = np.argsort(np.concatenate(targets))
         return gather(pa.concat_arrays(decoded), begins[order], np.concatenate(counts)[order])
+
+
+class _Filler:
+    """Decodes tasks, one at a time, and copies what it found into place; small pieces together."""
+
+    def __init__(self, arena: _Arena, names: Sequence[str]) -> None:
+        self._arena = arena
+        self._names = names
+        self._held: dict[str, list[pa.Array]] = {name: [] for name in names}
+        self._ranges: list[Ranges] = []
+        self._num_rows = 0
+
+    def take(self, task: _Task, source: Any) -> None:
+        """Decode a task's pieces; those that are large enough are in place afterwards."""
+        here = -1
+        for at, name, column in task.reader.decode(source, self._names, task.pieces):
+            values = _whole(column)
+            if at != here:
+                here = at
+                alone = len(values) >= _ROWS_TOGETHER
+                if alone:
+                    placement = Placement(*task.ranges[at])
+                else:
+                    self._hold(len(values), *task.ranges[at])
+            if alone:
+                self._arena.place(name, values, task.ranges[at], placement)
+            else:
+                self._held[name].append(values)
+        if self._num_rows >= _ROWS_TOGETHER:
+            self.flush()
+
+    def _hold(self, num_rows: int, starts: I64, counts: I64, targets: I64) -> None:
+        """Begin with a piece that is held; the one before is complete."""
+        if self._num_rows >= _ROWS_TOGETHER:
+            self.flush()
+        self._ranges.append((starts + self._num_rows, counts, targets))
+        self._num_rows += num_rows
+
+    def flush(self) -> None:
+        """Copy all that is held into place."""
+        if not self._ranges:
+            return
+        starts, counts, targets = (
+            np.concatenate(parts) for parts in zip(*self._ranges, strict=True)
+        )
+        placement = Placement(starts, counts, targets)
+        for name, pieces in self._held.items():
+            values = pieces[0] if len(pieces) == 1 else pa.concat_arrays(pieces)
+            self._arena.place(name, values, (starts, counts, targets), placement)
+            pieces.clear()
+        self._ranges.clear()
+        self._num_rows = 0
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
