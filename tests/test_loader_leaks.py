@@ -57,11 +57,11 @@ def test_two_loaders_in_one_process_do_not_disturb_each_other(pointers: PointerD
     assert list(together) == alone
 
 
-class OutOfMemory(Exception):
+class StepError(Exception):
     """As a training step raises it."""
 
 
-@pytest.mark.parametrize("error", [OutOfMemory, KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("error", [StepError, KeyboardInterrupt, SystemExit, GeneratorExit])
 @pytest.mark.parametrize("workers", [THREADED, {"num_workers": 2}, {"prefetch": 3}, {}])
 def test_after_an_error_in_a_step_it_goes_on_with_the_next_batch(
     pointers: PointerDataset, error: type[BaseException], workers: dict[str, int]

@@ -12,9 +12,11 @@ or by building another graph of these nodes.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -34,6 +36,11 @@ __all__ = ["Failure", "PoolReader", "ReadAhead", "Ready", "Steps", "Stop", "epoc
 
 # Steps looked at ahead of the one that is due; beyond pools are what bounds it.
 _MOST_STEPS_AHEAD = 1024
+
+
+# How long threads get to come back from native code when Python ends.
+_EXIT_SECONDS = 0.5
+_READ_THREAD = "vlm-read"
 
 
 class Stop:
@@ -115,9 +122,10 @@ class _Workers:
         self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
         self._queue = queue.SimpleQueue()
         self.num_threads = num_threads
+        _WORKERS.add(self)
         for number in range(num_threads):
             threading.Thread(
-                target=_work, args=(self._queue,), name=f"vlm-read-{number}", daemon=True
+                target=_work, args=(self._queue,), name=f"{_READ_THREAD}-{number}", daemon=True
             ).start()
 
     def submit(self, function: Callable[[], Any]) -> Future[Any]:
@@ -137,6 +145,21 @@ class _Workers:
             pass
         for _ in range(self.num_threads):
             self._queue.put(None)
+
+
+_WORKERS: weakref.WeakSet[_Workers] = weakref.WeakSet()
+
+
+@atexit.register
+def _let_threads_come_back() -> None:
+    """Python ends its daemon threads when they come back from native code, which C++ answers with an
+    abort of the whole process: so those that are not kept waiting by storage end before."""
+    for workers in list(_WORKERS):
+        workers.close()
+    deadline = time.monotonic() + _EXIT_SECONDS
+    for thread in threading.enumerate():
+        if thread.name.startswith(_READ_THREAD):
+            thread.join(max(deadline - time.monotonic(), 0.0))
 
 
 def _work(tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:

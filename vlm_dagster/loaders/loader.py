@@ -257,6 +257,7 @@ class SequenceLoader(IterableDataset[Batch]):
             verify=verify,
         )
         self._dropped = Dropped()
+        self._bytes_before = 0  # by sources that were closed, less what was there at a reset
         self.epoch = 0
         self._num_done = 0
 
@@ -278,6 +279,7 @@ class SequenceLoader(IterableDataset[Batch]):
         """End the processes that read, if there are any, and let go of what they hold. The loader
         stays where it is, and can be gone on with."""
         if self._source is not None:
+            self._bytes_before += self._source.bytes_read or 0
             self._source.close()
             self._source = None
 
@@ -420,7 +422,7 @@ class SequenceLoader(IterableDataset[Batch]):
         uneven (policy, num_left_out, num_extra of all ranks); sentence, in plain words.
         """
         found = self._meter.report(self._setup)
-        found["bytes_read"] = self._source.bytes_read if self._source is not None else 0
+        found["bytes_read"] = self._bytes_read()
         found["dropped"] = self._dropped.to_json()
         share = self._share(0)
         found["uneven"] = {
@@ -433,6 +435,12 @@ class SequenceLoader(IterableDataset[Batch]):
     def reset_report(self) -> None:
         """Begin the stall report anew."""
         self._meter.reset()
+        self._dropped.reset()
+        self._bytes_before -= self._bytes_read() or 0
+
+    def _bytes_read(self) -> int | None:
+        now = 0 if self._source is None else self._source.bytes_read
+        return None if now is None else now + self._bytes_before
 
     # -- stopping and going on ------------------------------------------------------------------
 

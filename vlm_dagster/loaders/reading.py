@@ -38,6 +38,10 @@ class Dropped:
         with self._lock:
             self._found[unit, type(error).__name__] = (num_examples, str(error))
 
+    def reset(self) -> None:
+        with self._lock:
+            self._found.clear()
+
     @property
     def num_examples(self) -> int:
         with self._lock:

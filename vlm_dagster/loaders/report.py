@@ -66,6 +66,7 @@ class Meter:
             self._waited: dict[str, float] = {}
             self._waits: deque[float] = deque(maxlen=_MOST_WAITS)
             self._first: float | None = None
+            self._first_seconds = 0.0  # of all epochs
             self._wait_seconds = self._step_seconds = self._cpu_seconds = 0.0
             self._num = {"batches": 0, "examples": 0, "events": 0, "values": 0, "bytes": 0}
 
@@ -101,6 +102,7 @@ class Meter:
         with self._lock:
             if first:
                 self._first = waited
+                self._first_seconds += waited
             else:
                 self._waits.append(waited)
                 self._wait_seconds += waited
@@ -126,11 +128,11 @@ class Meter:
             seconds = self._wait_seconds + self._step_seconds
             waits = np.array(self._waits) * 1e3
             quantiles = np.quantile(waits, [0.5, 0.95, 0.99, 1.0]) if len(waits) else np.zeros(4)
-            total = seconds + (self._first or 0.0)
+            total = seconds + self._first_seconds
             stages = {
                 stage: {
                     "busy_seconds": self._busy.get(stage, 0.0),
-                    "busy_share": self._busy.get(stage, 0.0) / (total * threads) if total else 0.0,
+                    "busy_share": _share(self._busy.get(stage, 0.0), total * threads),
                     "waited_for_seconds": self._waited.get(stage, 0.0),
                 }
                 for stage, threads in (("read", max(setup.num_readers, 1)), ("form", 1))
@@ -143,18 +145,23 @@ class Meter:
                 "examples_per_second": num["examples"] / total if total else 0.0,
                 "first_batch_seconds": self._first or 0.0,
                 "starved_seconds": self._wait_seconds,
-                "starved_share": self._wait_seconds / seconds if seconds else 0.0,
+                "starved_share": _share(self._wait_seconds, seconds),
                 "data_ready_ms": dict(
                     zip(("p50", "p95", "p99", "max"), quantiles.tolist(), strict=True)
                 ),
                 "stages": stages,
-                "worker_waste": max(1.0 - stages["read"]["busy_share"], 0.0),
-                "cpu_share": self._cpu_seconds / (seconds * num_cores()) if seconds else 0.0,
+                "worker_waste": 1.0 - stages["read"]["busy_share"],
+                "cpu_share": _share(self._cpu_seconds, seconds * num_cores()),
                 "bytes_out": num["bytes"],
                 "dedupe_factor": num["events"] / num["values"] if num["values"] else 1.0,
             }
         found["sentence"] = sentence(found, setup)
         return found
+
+
+def _share(part: float, whole: float) -> float:
+    # Stages also work while the trainer's present step is not over and not counted yet.
+    return min(part / whole, 1.0) if whole else 0.0
 
 
 def num_cores() -> int:
