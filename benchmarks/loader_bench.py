@@ -56,8 +56,8 @@ class Bench(Figures):
                 self.shape(shape),
                 newest=newest,
                 rounds=self.rounds,
-                fat_bytes=(1 << 24) if self.quick else 1_600_000_000,
-                most=256 if self.quick else 4_096,
+                fat_bytes=(1 << 24) if self.quick else 800_000_000,
+                most=256 if self.quick else 2_048,
                 brief=brief,
             )
             self.cells[name] = found

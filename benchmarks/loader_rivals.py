@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,7 @@ class Rival:
     def examples_per_s(self, arm: str, most: int) -> float:
         """Of one arm, over an epoch or the first so many examples."""
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps({"arm": arm, "most": most}) + "\n")
         self._process.stdin.flush()
         return float(self._answer()["rate"])
@@ -64,6 +66,8 @@ class Rival:
         for line in self._process.stdout:
             if line.startswith("{"):
                 found: dict[str, Any] = json.loads(line)
+                # Its threads are not to be in the way of the other arms.
+                self._process.send_signal(signal.SIGSTOP)
                 return found
         raise RuntimeError(
             f"{self._script} ended with {self._process.wait()}; what it said is above"
@@ -79,5 +83,6 @@ class Rival:
         trace: TracebackType | None,
     ) -> None:
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.close()
         self._process.wait()
