@@ -49,6 +49,7 @@ class Reader:
 
     def __init__(self, before: Callable[[int], None] = lambda unit: None) -> None:
         self._before = before
+        self.parts: weakref.WeakSet[Part] = weakref.WeakSet()
         self.pools: weakref.WeakSet[Whole] = weakref.WeakSet()
         self.read_units: list[int] = []
 
@@ -58,7 +59,9 @@ class Reader:
     def read(self, unit: int) -> Any:
         self.read_units.append(unit)
         self._before(unit)
-        return Part(unit)
+        found = Part(unit)
+        self.parts.add(found)
+        return found
 
     def joined(self, pool: int, units: Sequence[Any]) -> Any:
         found = Whole(pool, units)
@@ -314,6 +317,8 @@ def test_pools_are_let_go_after_their_last_use(workers: int) -> None:
         used = set().union(*later[: number + 1])
         needed = used.intersection(set().union(*later[number + 1 :]))
         assert eventually(lambda: reader.in_memory() == needed)  # noqa: B023
+    # Nor is any part of one left with a thread that read it.
+    assert eventually(lambda: not reader.parts)
     # Each was read once.
     assert sorted(reader.read_units) == list(range(12))
 

@@ -89,18 +89,19 @@ def test_on_any_other_number_of_ranks_it_goes_on(pointers: PointerDataset, name:
     states: dict[int, Any] = {}
     for ranks in loaders.values():
         begun = [iter(rank) for rank in ranks]
-        for _ in range(len(whole) // len(ranks)):
+        for step in range(1, len(whole) // len(ranks) + 1):
             for rank in begun:
                 next(rank)
             found = [through_json(rank.state_dict()) for rank in ranks]
             # Ranks that took the same number of steps have the same state, whoever saves it.
             assert all(state == found[0] for state in found)
-            states.setdefault(found[0]["num_batches"], found[0])
-            assert states[found[0]["num_batches"]] == found[0]
+            # And so have those of any other number that are as far.
+            done = step * len(ranks)
+            assert states.setdefault(done, found[0]) == found[0]
         del begun
     assert sorted(states) == list(range(1, len(whole) + 1))
     for done, state in states.items():
-        for world in (1, 3) if done % 5 else WORLDS:
+        for world in WORLDS if done in (1, 8) else (3,):
             rest = [resumed(rank, state) for rank in loaders[world]]
             assert in_turn(rest) == whole[done:]
 

@@ -334,6 +334,13 @@ def test_an_epoch_of_fewer_examples_than_a_batch_is_repeated_over_and_over() -> 
     assert first == second == [([(0, 0), (0, 1), (0, 0), (0, 1), (0, 0)], 0)]
 
 
+@pytest.mark.parametrize("uneven", UNEVEN)
+def test_after_the_last_batch_nothing_is_left_out_or_added(uneven: Uneven) -> None:
+    schedule = schedule_of([[[(0, 5)]]], by_count(3))
+    share = share_of(schedule, 3, uneven, 2, 2, 1)
+    assert (share.num_steps, share.num_left_out, share.num_extra) == (0, 0, 0)
+
+
 @given(epochs(2), batch_sizes, st.integers(1, 5), st.integers(1, 5))
 def test_the_global_order_is_the_same_for_any_number_of_ranks(
     phases: list[Lanes], size: int, world: int, workers: int
