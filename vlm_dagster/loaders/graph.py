@@ -234,8 +234,10 @@ class ReadAhead(BaseNode[Ready | Failure]):  # type: ignore[misc]
         return {"source": self._state}
 
     def next(self) -> Ready | Failure:
+        if self._stop:
+            self._end()
         self._look_ahead(at_least_one=True)
-        if not self._steps or self._stop:
+        if not self._steps:
             raise StopIteration
         step, state = self._steps.popleft()
         needed = dict.fromkeys(step.pieces.pool.tolist())
@@ -245,16 +247,21 @@ class ReadAhead(BaseNode[Ready | Failure]):  # type: ignore[misc]
                     self._here[pool] = self._wait_for(pool)
                     self._look_ahead()
         except _StoppedError:
+            self._end()
             raise StopIteration from None
         except BaseException as error:
-            self._exhausted = True
-            self._steps.clear()
+            self._end()
             return Failure(error)
         ready = Ready(step, {pool: self._here[pool] for pool in needed})
         for pool in step.done:
             del self._here[pool]
         self._state = state
         return ready
+
+    def _end(self) -> None:
+        """Lets go of everything: whoever keeps an error, or the end of iteration, keeps this node."""
+        self._clear()
+        self._exhausted = True
 
     def _look_ahead(self, *, at_least_one: bool = False) -> None:
         while not self._exhausted and len(self._steps) < _MOST_STEPS_AHEAD:
