@@ -31,6 +31,9 @@ def stored(bench: Bench) -> None:
     bench.figure(f"{name}, ours / usual fat", sizes["ours"] / usual, "ratio", "<=", 1 / 400)
     for part, size in sizes.items():
         bench.note(part, size / 1e6, "MB")
+    entropy = sizes["the four traits' entropy"]
+    bench.note("floor: entropy / best fat", entropy / best, "ratio")
+    bench.note("floor: entropy / usual fat", entropy / usual, "ratio")
 
 
 def memory(bench: Bench) -> None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from benchmarks.data import day
 from benchmarks.fat_rows import LAYOUTS, write
+from benchmarks.history_floor import floor_bits
 from benchmarks.loader_data import GROUP, Examples, folder_bytes, history_day, requests_day
 from vlm_dagster import HistoryStore, PointerDataset
 
@@ -24,7 +25,8 @@ _LAYOUTS = ("by time, snappy", "by user, zstd", "by user, LZ4")
 def stored_bytes(
     folder: Path, num_users: int, before: int, per_day: int, length: int, examples: int
 ) -> dict[str, int]:
-    """Bytes of each layout, of ours, and of our two logs.
+    """Bytes of each layout, of ours, of all our files with the two logs, and of a perfect coder of the
+    four traits, once an event.
 
     Args:
         before: events of each user before the 30 days, so that sequences are full from the first.
@@ -54,6 +56,10 @@ def stored_bytes(
         "every file": folder_bytes(folder),
     }
     sizes["ours"] = sizes["history"] + sizes["pointers"]
+    lengths = np.full(num_users, before + DAYS * per_day, np.float64)
+    bits = floor_bits(lengths, DAYS + 1)
+    traits = sum(bits[name] for name in ("item_id", "author_id", "category", "dwell"))
+    sizes["the four traits' entropy"] = int(traits / 8 * lengths.sum())
     for name in _LAYOUTS:
         sizes[name] = 0
         for sealed in made.windows:
