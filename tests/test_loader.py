@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from strategies import day, events_of_day, history_of, many_events, request_table
 
 from vlm_dagster import Batch, JaggedSequence, PointerDataset, Projection, SequenceLoader, Trait
-from vlm_dagster.errors import CorruptFileError, PinError, SchemaError
+from vlm_dagster.errors import CorruptFileError, LoaderError, PinError, SchemaError
 
 EVENTS = many_events(seed=4, num_events=700, num_users=30)
 PROJECTION = {"ratings": Projection(["event_id"], max_length=20)}
@@ -88,11 +89,7 @@ def test_an_epoch_under_way_keeps_its_order(pointers: PointerDataset) -> None:
     unbroken = [content(batch) for batch in loader_of(pointers)]
     loader = loader_of(pointers, num_workers=0, prefetch=0, mix=1)
     plain = [content(b) for b in loader_of(pointers, mix=1)]
-    found = []
-    for batch in loader:
-        found.append(content(batch))
-        loader.epoch = 3
-    assert found == plain != unbroken
+    assert [content(batch) for batch in loader] == plain != unbroken
 
 
 def test_resuming_at_any_batch_gives_the_batches_that_would_have_come(
@@ -259,3 +256,51 @@ def test_a_batch_moves_and_pads() -> None:
     assert sequence.to_padded("item").shape == (3, 3)
     with pytest.raises(SchemaError, match="side="):
         sequence.to_padded("item", 2, side="middle")  # type: ignore[arg-type]
+
+
+def test_only_the_newest_pass_goes_on(pointers: PointerDataset) -> None:
+    whole = [content(batch) for batch in loader_of(pointers)]
+    loader = loader_of(pointers)
+    older = iter(loader)
+    assert content(next(older)) == whole[0]
+    newer = iter(loader)
+    assert content(next(newer)) == whole[1]
+    with pytest.raises(LoaderError, match="another pass has begun"):
+        next(older)
+    loader.set_epoch(5)
+    with pytest.raises(LoaderError, match="set to another place"):
+        next(newer)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["num_batches"]) == (5, 0)
+
+
+def test_a_batch_is_not_kept_while_the_next_one_is_formed(pointers: PointerDataset) -> None:
+    alive: list[weakref.ref[Batch]] = []
+    for batch in loader_of(pointers, num_workers=0, prefetch=0):
+        assert not any(ref() is not None for ref in alive)
+        alive.append(weakref.ref(batch))
+        del batch
+    assert len(alive) > 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"histories": {"rating": "elsewhere"}}, "'rating', which is not read"),
+        ({"device": "gpu"}, "device='gpu'"),
+        ({"cache_bytes": -1}, "cache_bytes=-1"),
+        ({"balance_length": 10**30, "balance": "flops"}, "balance_length"),
+        ({"workers": "fork"}, "workers='fork'"),
+    ],
+)
+def test_what_fits_nothing_is_refused_at_once(
+    pointers: PointerDataset, options: dict, told: str
+) -> None:
+    with pytest.raises(SchemaError, match=told):
+        loader_of(pointers, **options)
+
+
+def test_what_is_no_pin_and_no_projection_is_refused(pointers: PointerDataset) -> None:
+    with pytest.raises(SchemaError, match="pointers is a PointerDataset"):
+        SequenceLoader(pointers, PROJECTION)  # type: ignore[arg-type]
+    with pytest.raises(SchemaError, match="projection of 'ratings' is a list"):
+        SequenceLoader(pointers.ref(), {"ratings": ["event_id"]})  # type: ignore[dict-item]

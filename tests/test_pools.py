@@ -120,10 +120,20 @@ def test_dealing_keeps_every_example_and_the_sizes_of_batches(
     )
     found = dealt(order, cost, slots)
     assert sorted(found.tolist()) == list(range(num_examples))
-    # The dearest examples go to different batches, the first ones in turn.
-    dearest = set(order[np.argsort(-cost[order], kind="stable")][: len(slots.pool)].tolist())
-    for first, end in zip(slots.first, slots.end, strict=True):
-        assert len(dearest.intersection(found[first:end].tolist())) == 1
+
+
+@pytest.mark.parametrize("num_examples", [400, 1_034, 3_000])
+def test_batches_that_get_few_examples_of_a_pool_do_not_get_the_dearest_ones(
+    num_examples: int,
+) -> None:
+    cost = np.random.default_rng(1).lognormal(0, 1, num_examples)
+    bounds = np.unique(np.append(np.arange(100, num_examples, 256), [0, num_examples]))
+    slots = Pieces(np.zeros(len(bounds) - 1, np.int64), bounds[:-1], bounds[1:])
+    found = dealt(np.arange(num_examples), cost, slots)
+    means = np.add.reduceat(cost[found], bounds[:-1]) / np.diff(bounds)
+    undealt = np.add.reduceat(cost, bounds[:-1]) / np.diff(bounds)
+    assert np.ptp(means) < np.ptp(undealt)
+    assert abs(means - cost.mean()).max() < 0.35 * cost.mean()
 
 
 @given(st.integers(2, 9), st.integers(1, 20), st.integers(0, 1_000))
@@ -149,8 +159,8 @@ def test_examples_of_equal_cost_are_dealt_in_their_shuffled_order() -> None:
     # Golden, as above.
     slots = Pieces(np.zeros(2, np.int64), np.array([0, 3]), np.array([3, 5]))
     order = np.array([4, 2, 0, 1, 3])
-    assert dealt(order, np.full(5, 9), slots).tolist() == [4, 1, 3, 2, 0]
-    assert dealt(order, np.array([1, 2, 3, 4, 5]), slots).tolist() == [4, 1, 0, 3, 2]
+    assert dealt(order, np.full(5, 9), slots).tolist() == [4, 0, 1, 2, 3]
+    assert dealt(order, np.array([1, 2, 3, 4, 5]), slots).tolist() == [4, 2, 1, 3, 0]
 
 
 # -- the pools of an epoch ------------------------------------------------------------------------
@@ -275,14 +285,23 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return opened(folder)
 
 
-def test_lengths_are_those_that_reading_finds(world: World) -> None:
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"balance": "flops", "balance_length": 9}, ["user_ends", "tokens", "flops"]),
+        ({"order": "time"}, ["user_ends", "tokens", "request_time"]),
+    ],
+)
+def test_lengths_are_those_that_reading_finds(
+    world: World, options: dict[str, Any], names: list[str]
+) -> None:
     lengths = Lengths(
         world.plan,
         world.pointers,
         world.histories,
         world.projections,
         verify=True,
-        balance_length=9,
+        options=options_of(**options),
     )
     source = world.direct()
     assert len(world.plan.units) > 3
@@ -295,7 +314,7 @@ def test_lengths_are_those_that_reading_finds(world: World) -> None:
             9,
         )
         found = lengths.of(number)
-        for name in ("user_ends", "request_time", "tokens", "flops"):
+        for name in names:
             assert getattr(found, name).tolist() == getattr(wanted, name).tolist(), name
         flops = sum(arena.lengths * (arena.lengths + 9) for arena in read.arenas.values())
         assert wanted.flops.tolist() == flops.tolist()

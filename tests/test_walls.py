@@ -20,7 +20,7 @@ MODULES = sorted(
     if path.name != "__main__.py"  # importing it runs it
 )
 
-CORE = ("sealed/", "history/", "pointers/", "retention/", "events/", "engines/", "errors.py",
+CORE = ("sealed/", "history/", "pointers/", "retention/", "events/", "engines/", "cores.py", "errors.py",
         "hashing.py", "schema.py", "storage.py", "windows.py")  # fmt: skip
 TORCH_SIDE = ("loaders/", "models/", "training/")
 DAGSTER_SIDE = ("assets/", "io_managers/", "definitions.py")

@@ -235,6 +235,7 @@ class GoneError(VlmError):
         )
         self.group = group
         self.user_id = user_id
+        self.end_position = end_position
         self.num_gone = num_gone
 
 

@@ -7,7 +7,6 @@ fetch, the bytes of the next files are on their way meanwhile.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from vlm_dagster.cores import num_cores
 from vlm_dagster.history.buffers import ArenaBuffers
 from vlm_dagster.sealed.gathering import Placement, gather, width_of
 from vlm_dagster.sealed.reader import Piece, SegmentReader
@@ -88,7 +88,7 @@ def fill(
     arena = _Arena(kinds, num_events, visits, buffers or ArenaBuffers(0))
     tasks = list(_tasks(parts))
     if threads is None:
-        threads = min(_num_cores(), 4) if num_events >= _MANY_EVENTS else 1
+        threads = min(num_cores(), 4) if num_events >= _MANY_EVENTS else 1
     names = list(dict.fromkeys([*kinds, *visits]))
     if not names:
         return {}
@@ -123,13 +123,6 @@ def fill(
     for filler in idle:
         filler.flush()
     return arena.columns()
-
-
-def _num_cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _tasks(parts: Sequence[FilePart]) -> Iterator[_Task]:

@@ -95,14 +95,15 @@ class Epochs:
         self._last: Epoch | None = None
 
     def __getitem__(self, number: int) -> Epoch:
-        if self._last is None or self._last.number != number:
+        last = self._last
+        if last is None or last.number != number:
             phases = self._plan.pools(self._options, number)
             pools = [pool for lanes in phases for lane in lanes for pool in lane]
             pools.sort(key=lambda pool: pool.number)
             whole = [[_whole(lane) for lane in lanes] for lanes in phases]
             schedule = make_schedule(whole, self._cut(number, pools))
-            self._last = Epoch(number, pools, schedule, self._options)
-        return self._last
+            last = self._last = Epoch(number, pools, schedule, self._options)
+        return last
 
     def _cut(self, epoch: int, pools: Sequence[Pool]) -> Cut:
         options = self._options

@@ -15,6 +15,7 @@ from vlm_dagster.loaders.batch import Batch
 from vlm_dagster.loaders.forms import form_sequences
 from vlm_dagster.loaders.materialize import Arena, UnitData
 from vlm_dagster.loaders.options import Form
+from vlm_dagster.loaders.reading import Dropped
 
 if TYPE_CHECKING:
     from vlm_dagster.loaders.graph import Ready
@@ -49,6 +50,7 @@ class BatchFormer:
         columns: of the examples.
         traits: per group, what is read of it.
         buffers: memory that batches are formed in; it comes back when they are dropped.
+        dropped: counts the examples that are missing.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class BatchFormer:
         columns: pa.Schema,
         traits: Mapping[str, pa.Schema],
         buffers: ArenaBuffers,
+        dropped: Dropped,
     ) -> None:
         self._form = form
+        self._dropped = dropped
         self._columns = columns
         self._traits = {group: schema.names for group, schema in traits.items()}
         self._buffers = buffers
@@ -72,6 +76,9 @@ class BatchFormer:
             pieces.pool.tolist(), pieces.first.tolist(), pieces.end.tolist(), strict=True
         ):
             found.extend(ready.pools[pool].rows(first, end))
+        missing = pieces.num_examples - sum(len(rows) for _, rows in found)
+        if missing:
+            self._dropped.count(missing)
         if not found:
             found.append((self._none, np.zeros(0, np.int64)))
         padding = ready.step.padding

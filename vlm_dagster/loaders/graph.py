@@ -288,7 +288,8 @@ class ReadAhead(BaseNode[Ready | Failure]):  # type: ignore[misc]
         begin = time.perf_counter()
         try:
             units = []
-            futures = self._coming.pop(pool)
+            # What was let go is read anew where it fills up the end of an epoch.
+            futures = self._coming.pop(pool, None) or self._submit(pool)
             for future in futures:
                 while not wait([future], timeout=0.1).done:
                     if self._stop:
@@ -380,10 +381,20 @@ def run(node: BaseNode[Batch | Failure], stop: Stop) -> Iterator[Batch]:
     """Go over a graph once; errors come out as they were raised."""
     try:
         node.reset()
+        item: Batch | Failure | None
         for item in node:
             if isinstance(item, Failure):
-                raise item.error
-            yield item
+                break
+            # Not kept while the next one is formed: its memory is to be used again.
+            handed, item = [item], None
+            yield handed.pop()
+        else:
+            return
+        error, item = item.error, None
+        try:
+            raise error
+        finally:
+            del error  # or it would keep this frame, which keeps it
     finally:
         stop.set()
         del node  # whoever keeps the error keeps this frame, which must not keep the threads

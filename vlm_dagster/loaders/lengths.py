@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from vlm_dagster.errors import CorruptFileError
 from vlm_dagster.history import Snapshot
+from vlm_dagster.loaders.options import OrderOptions
 from vlm_dagster.loaders.plan import Plan, Unit
 from vlm_dagster.loaders.pool import ExampleKeys
 from vlm_dagster.loaders.readable import readable
@@ -24,11 +25,12 @@ I64 = npt.NDArray[np.int64]
 
 
 class Lengths:
-    """The keys of a plan's examples, unit by unit; kept once read, some 32 bytes an example.
+    """The keys of a plan's examples, unit by unit; kept once read: 4 bytes an example, and 8 more where
+    they are ordered by time.
 
     Args:
         verify: whether checksums will be verified, which decides what examples can be rebuilt.
-        balance_length: see `OrderOptions`.
+        options: of the order, which decide what has to be known.
         drop_bad: where pointers cannot be read, take their examples for empty, of one user; reading will
             leave them out.
     """
@@ -41,7 +43,7 @@ class Lengths:
         projections: Mapping[str, Projection],
         *,
         verify: bool,
-        balance_length: int,
+        options: OrderOptions,
         drop_bad: bool = False,
     ) -> None:
         self._plan = plan
@@ -49,7 +51,7 @@ class Lengths:
         self._histories = histories
         self._projections = projections
         self._verify = verify
-        self._balance_length = balance_length
+        self._options = options
         self._drop_bad = drop_bad
         self._found: dict[int, ExampleKeys] = {}
 
@@ -86,9 +88,17 @@ class Lengths:
         if not keep.all():
             lengths = {group: length[keep] for group, length in lengths.items()}
         kept = pa.array(keep)
-        return ExampleKeys.of(
+        found = ExampleKeys.of(
             pa.array(rank).filter(kept),
             read.columns["request_time"].filter(kept),
             lengths,
-            self._balance_length,
+            self._options.balance_length,
+        )
+        nothing = np.broadcast_to(np.int64(0), found.tokens.shape)
+        options = self._options
+        return ExampleKeys(
+            found.user_ends,
+            found.request_time if options.order == "time" else nothing,
+            found.tokens.astype(np.int32),
+            found.flops if options.balance == "flops" else nothing,
         )

@@ -19,7 +19,7 @@ from vlm_dagster.loaders import graph
 from vlm_dagster.loaders.batch import Batch
 from vlm_dagster.loaders.cache import CachedSource
 from vlm_dagster.loaders.cache_facts import CacheFacts
-from vlm_dagster.loaders.epochs import Epochs
+from vlm_dagster.loaders.epochs import Epoch, Epochs
 from vlm_dagster.loaders.forming import BatchFormer
 from vlm_dagster.loaders.lengths import Lengths
 from vlm_dagster.loaders.options import (
@@ -34,7 +34,7 @@ from vlm_dagster.loaders.options import (
 from vlm_dagster.loaders.pins import open_histories, tensor_columns
 from vlm_dagster.loaders.plan import make_plan
 from vlm_dagster.loaders.processes import ProcessSource
-from vlm_dagster.loaders.ranks import rank_of_process, worker_of_process
+from vlm_dagster.loaders.ranks import is_worker, rank_of_process, worker_of_process
 from vlm_dagster.loaders.reading import Dropped, EpochReader, Verify
 from vlm_dagster.loaders.report import Meter, Setup
 from vlm_dagster.loaders.sources import DirectSource, ReadSpec, UnitSource
@@ -60,8 +60,7 @@ class SequenceLoader(IterableDataset[Batch]):
     It is an `IterableDataset` too: `DataLoader(loader, batch_size=None, num_workers=2,
     multiprocessing_context="spawn")` shares the batches of this rank out among its workers.
 
-    Attributes:
-        epoch: the epoch that the next pass goes over; grows by one with every pass.
+    Breaking out of a pass keeps the place: the next `for` goes on there; `set_epoch` begins an epoch.
     """
 
     def __init__(
@@ -128,8 +127,9 @@ class SequenceLoader(IterableDataset[Batch]):
             gone: what happens where examples point at events that were erased, or dropped by age:
                 "fail" at once, or "drop" these examples and count them in `num_dropped`.
             bad: what happens where a file is damaged or missing, or a checksum does not match: "fail",
-                or "drop" these examples, which makes batches smaller, and count and name them in
-                `report()`.
+                or "drop" these examples, which makes batches smaller, or even empty, and count and name
+                them in `report()`. The pointers' own footers have to be there: without them nothing is
+                known that could be counted.
             workers: "threads" read in this process; "processes" are new interpreters, which decode
                 without sharing this one's lock, and hand units over in shared memory. They start with
                 the first pass and end with `close`, or with the loader.
@@ -169,7 +169,9 @@ class SequenceLoader(IterableDataset[Batch]):
             events_per_unit=events_per_unit,
             events_per_pool=events_per_pool,
         )
+        _check_data(pointers, projections, histories)
         check_choice("workers", workers, ("threads", "processes"))
+        check_int("cache_bytes", cache_bytes, 0)
         check_int("num_workers", num_workers, 0)
         check_int("prefetch", prefetch, 0)
         check_choice("form", form, get_args(Form))
@@ -202,7 +204,7 @@ class SequenceLoader(IterableDataset[Batch]):
         self._num_workers = num_workers
         self._prefetch = prefetch
         self._pin_memory = pin_memory and torch.cuda.is_available()
-        self._device = None if device is None else torch.device(device)
+        self._device = _device(device)
         self._process = os.getpid()
 
         self._pointers = (
@@ -234,7 +236,7 @@ class SequenceLoader(IterableDataset[Batch]):
             self._histories,
             self._projections,
             verify=verify != "off",
-            balance_length=balance_length,
+            options=self._options,
             drop_bad=bad == "drop",
         )
         self._epochs = Epochs(self._plan, self._options, self._lengths)
@@ -248,7 +250,9 @@ class SequenceLoader(IterableDataset[Batch]):
         self._meter = Meter()
         self._setup = Setup(
             workers=workers,
-            num_readers=num_workers,
+            num_workers=num_workers,
+            # One more than there are processes, so that none of them waits for something to do.
+            num_readers=num_workers + (workers == "processes" and num_workers > 0),
             prefetch=prefetch,
             form=form,
             lanes=self._options.lanes,
@@ -258,8 +262,9 @@ class SequenceLoader(IterableDataset[Batch]):
         )
         self._dropped = Dropped()
         self._bytes_before = 0  # by sources that were closed, less what was there at a reset
-        self.epoch = 0
-        self._num_done = 0
+        self._is_cold = True
+        self._last_share: Share | None = None
+        self._move_to(Position(0, 0))
 
     def _open_source(self) -> UnitSource:
         whole = self._verify != "off"
@@ -302,16 +307,26 @@ class SequenceLoader(IterableDataset[Batch]):
 
     def __len__(self) -> int:
         """The batches that this rank gets in the present epoch, from its beginning."""
-        return self._share(0).num_steps
+        return self._share(self._epochs[self.epoch], 0).num_steps
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch."""
         check_int("epoch", epoch, 0)
-        self.epoch = epoch
-        self._num_done = 0
+        self._move_to(Position(epoch, 0))
 
-    def _share(self, begin: int, worker: int = 0, num_workers: int = 1) -> Share:
-        return self._epochs[self.epoch].share(
+    @property
+    def epoch(self) -> int:
+        """The epoch that is under way, or that the next pass goes over; grows by one with every pass."""
+        return self._position.epoch
+
+    def _move_to(self, position: Position) -> object:
+        """Only the pass that has what this returns may move the loader from there."""
+        self._position = position
+        self._pass = object()
+        return self._pass
+
+    def _share(self, order: Epoch, begin: int, worker: int = 0, num_workers: int = 1) -> Share:
+        return order.share(
             begin=begin,
             world_size=self._world_size,
             rank=self._rank,
@@ -330,9 +345,16 @@ class SequenceLoader(IterableDataset[Batch]):
                 'Start workers with multiprocessing_context="spawn", or make the loader in them.',
             )
         worker, num_workers = worker_of_process()
-        epoch, begin = self.epoch, self._num_done
-        share = self._share(begin, worker, num_workers)
+        if is_worker() and self._last_share is not None and self._position.num_batches:
+            raise LoaderError(
+                "a pass was broken off, and the DataLoader's workers, which outlived it, stand at "
+                "different places",
+                "Make the DataLoader with persistent_workers=False, or go to the end of each epoch.",
+            )
+        mine = self._move_to(self._position)
+        epoch, begin = self._position.epoch, self._position.num_batches
         order = self._epochs[epoch]
+        share = self._last_share = self._share(order, begin, worker, num_workers)
         if self._source is None:
             self._source = self._open_source()
         reader = EpochReader(
@@ -340,25 +362,22 @@ class SequenceLoader(IterableDataset[Batch]):
             order.pools,
             self._source,
             self._options,
-            self.epoch,
+            epoch,
             verify=self._verify,
             bad=self._bad,
             dropped=self._dropped,
             lengths=self._lengths,
             slots=order.slots() if self._options.balance else None,
         )
-        lanes_here = self._options.lanes // math.gcd(self._options.lanes, self._world_size)
-        # One more than there are processes, so that none of them waits for something to do.
-        num_readers = self._num_workers
-        if self._workers == "processes" and num_readers:
-            num_readers += 1
+        lanes = self._options.lanes
+        lanes_here = lanes // math.gcd(lanes, self._world_size * num_workers)
         stop = graph.Stop()
         batches = graph.run(
             graph.epoch_graph(
                 share,
                 reader,
-                BatchFormer(self._form, self._columns, self._traits, self._formed),
-                num_readers=num_readers,
+                BatchFormer(self._form, self._columns, self._traits, self._formed, self._dropped),
+                num_readers=self._setup.num_readers,
                 num_formers=0,
                 ahead=lanes_here + self._num_workers,
                 prefetch=self._prefetch,
@@ -374,12 +393,16 @@ class SequenceLoader(IterableDataset[Batch]):
             for number in range(share.num_steps):
                 asked = time.perf_counter()
                 batch = next(batches)
-                self._count(batch, time.perf_counter() - asked, first=number == 0)
+                if self._pass is not mine:
+                    raise LoaderError(
+                        f"epoch {epoch} is not under way any more: another pass has begun, or the "
+                        f"loader was set to another place",
+                        "Go over a loader once at a time; make another one for a second reader.",
+                    )
+                self._count(batch, time.perf_counter() - asked)
                 # A worker's state is its own: from it, the same worker takes its next step.
-                steps_done = (number + 1) * num_workers
-                self._num_done = min(
-                    begin + steps_done * self._world_size, order.schedule.num_batches
-                )
+                done = begin + (number + 1) * num_workers * self._world_size
+                self._position = Position(epoch, min(done, order.schedule.num_batches))
                 given, used = time.perf_counter(), time.process_time()
                 yield batch
                 del batch  # its memory is free for the next one
@@ -387,10 +410,13 @@ class SequenceLoader(IterableDataset[Batch]):
         finally:
             # Dropping the graph stops its threads, also after an early break.
             del batches
-        self.set_epoch(self.epoch + 1)
-        _LOG.info("epoch %d: %s", epoch, self.report()["sentence"])
+        if self._pass is mine:
+            self._move_to(Position(epoch + 1, 0))
+        if _LOG.isEnabledFor(logging.INFO):
+            _LOG.info("epoch %d: %s", epoch, self._meter.report(self._setup)["sentence"])
 
-    def _count(self, batch: Batch, waited: float, *, first: bool) -> None:
+    def _count(self, batch: Batch, waited: float) -> None:
+        first, self._is_cold = self._is_cold, False
         sequences = batch.sequences.values()
         self._meter.handed_out(
             waited=waited,
@@ -402,7 +428,12 @@ class SequenceLoader(IterableDataset[Batch]):
         )
 
     def _note_uneven(self, share: Share) -> None:
-        if share.num_extra or share.num_left_out:
+        if share.num_left_out and not share.num_steps:
+            _LOG.warning(
+                "uneven='drop': there are fewer batches than ranks, so all %d examples are left out",
+                share.num_left_out,
+            )
+        elif share.num_extra or share.num_left_out:
             what = (
                 f"{share.num_left_out:,} examples are left out"
                 if share.num_left_out
@@ -414,21 +445,22 @@ class SequenceLoader(IterableDataset[Batch]):
         """The stall report since the loader was made, or since `reset_report`.
 
         Keys: num_batches, num_examples, seconds, examples_per_second; first_batch_seconds;
-        starved_seconds and starved_share (of the trainer's time, without the first batch);
+        starved_seconds and starved_share (of the trainer's time, without the very first batch);
         data_ready_ms (p50, p95, p99, max of what the trainer waited for a batch); stages (read and form:
         busy_seconds, busy_share of their threads' time, waited_for_seconds); worker_waste (share of
         the readers' time without work); cpu_share (of the cores, while the trainer computed);
         bytes_read (as stored), bytes_out (of batches); dedupe_factor; dropped (num_examples, reasons);
-        uneven (policy, num_left_out, num_extra of all ranks); sentence, in plain words.
+        uneven (policy, num_left_out, num_extra of all ranks, at the end of the pass under way or the
+        last one); sentence, in plain words.
         """
         found = self._meter.report(self._setup)
         found["bytes_read"] = self._bytes_read()
         found["dropped"] = self._dropped.to_json()
-        share = self._share(0)
+        share = self._last_share
         found["uneven"] = {
             "policy": self._options.uneven,
-            "num_left_out": share.num_left_out,
-            "num_extra": share.num_extra,
+            "num_left_out": 0 if share is None else share.num_left_out,
+            "num_extra": 0 if share is None else share.num_extra,
         }
         return found
 
@@ -465,7 +497,7 @@ class SequenceLoader(IterableDataset[Batch]):
         """Where this loader stands: after the last batch that it handed out, whatever was prefetched.
         Ranks that took the same number of steps have equal states. In a worker of a DataLoader it is
         the state of that worker, which is what `StatefulDataLoader` keeps and gives back."""
-        return self._facts.state(Position(self.epoch, self._num_done))
+        return self._facts.state(self._position)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where another loader of the same data and order stood, on any number of ranks.
@@ -477,8 +509,7 @@ class SequenceLoader(IterableDataset[Batch]):
         done = position.num_batches
         if done and done > self._epochs[position.epoch].schedule.num_batches:
             raise self._facts.damaged(f"{done} batches done, more than there are")
-        self.set_epoch(position.epoch)
-        self._num_done = position.num_batches
+        self._move_to(position)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -490,6 +521,43 @@ class SequenceLoader(IterableDataset[Batch]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         SequenceLoader.__init__(self, state["pointers"], **state["arguments"])
         self.load_state_dict(state["state"])
+
+
+def _check_data(
+    pointers: object, projections: Mapping[str, Projection], histories: Mapping[str, str] | None
+) -> None:
+    if not isinstance(pointers, (PointerRef, PointerSnapshot)):
+        raise SchemaError(
+            f"pointers is a {type(pointers).__name__}",
+            "Give a pin: `dataset.ref()` names all windows, `dataset.ref([...])` some, "
+            "PointerRef.from_json(...) reads one.",
+        )
+    for group, projection in projections.items():
+        if not isinstance(projection, Projection):
+            raise SchemaError(
+                f"the projection of {group!r} is a {type(projection).__name__}",
+                "Give a Projection(traits, max_length).",
+            )
+    for group in histories or {}:
+        if group not in projections:
+            raise SchemaError(
+                f"histories names {group!r}, which is not read",
+                f"The groups read are {', '.join(sorted(projections))}.",
+            )
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise SchemaError(
+            f"device={device!r} is unknown ({error})", "Use 'cpu' or 'cuda'."
+        ) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise SchemaError(f"device={device!r}, but there is no CUDA device", "Use 'cpu', or None.")
+    return found
 
 
 def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -15,6 +15,10 @@ Balance = Literal["tokens", "flops"]
 Uneven = Literal["keep", "drop", "repeat", "pad"]
 
 
+# Sequences' lengths times this stay far below 2^63.
+_LONGEST = 1 << 30
+
+
 def check_int(name: str, value: object, least: int) -> None:
     """SchemaError unless it is an integer of at least so much."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -78,6 +82,10 @@ class OrderOptions:
             check_int(name, getattr(self, name), least)
         if self.max_tokens is not None:
             check_int("max_tokens", self.max_tokens, 1)
+        if self.balance_length > _LONGEST:
+            raise SchemaError(
+                f"balance_length={self.balance_length}", f"Use an integer of {_LONGEST:,} at most."
+            )
         check_choice("balance", self.balance, (None, *get_args(Balance)))
         check_choice("uneven", self.uneven, get_args(Uneven))
         check_choice("order", self.order, get_args(OrderOf))

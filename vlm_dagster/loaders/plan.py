@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from vlm_dagster.errors import GoneError
 from vlm_dagster.history import Snapshot
 from vlm_dagster.history.arena import BucketIndex
 from vlm_dagster.loaders.options import OrderOptions
@@ -157,6 +158,7 @@ def make_plan(
     """
     units: list[Unit] = []
     num_gone = 0
+    first_gone: GoneError | None = None
     users: dict[tuple[str | None, int], pa.Array] = {}
     windows = [sealed.window.key for sealed in pointers.windows] if by_window else [None]
     for window in windows:
@@ -170,8 +172,7 @@ def make_plan(
             num_examples = index.num_events
             missing = missing_examples(part, histories, projections, bucket, found, verify=verify)
             if missing is not None:
-                if not drop_gone:
-                    raise missing.error
+                first_gone = first_gone or missing.error
                 num_examples = num_examples - missing.num_examples
                 num_gone += int(missing.num_examples.sum())
             num_events = _num_events(index, projections)
@@ -180,6 +181,13 @@ def make_plan(
                 if here:
                     events = int(num_events[first:end].sum())
                     units.append(Unit(window, bucket, first, end, here, events))
+    if first_gone is not None and not drop_gone:
+        raise GoneError(
+            group=first_gone.group,
+            user_id=first_gone.user_id,
+            end_position=first_gone.end_position,
+            num_gone=num_gone,
+        )
     return Plan(tuple(units), users, num_gone)
 
 

@@ -107,8 +107,12 @@ def dealt(order: I64, cost: I64, slots: Pieces) -> I64:
     sizes = slots.sizes
     turn = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     slot = np.repeat(np.arange(len(sizes)), sizes)
-    to_and_fro = np.where(turn % 2 == 0, slot, -slot)
-    receives = np.lexsort((to_and_fro, turn))
+    # A batch that takes only some of its examples from this pool takes part in rounds all along, or
+    # it would get the dearest ones.
+    each = np.repeat(sizes, sizes)
+    at_round = ((2 * turn + 1) * int(sizes.max(initial=0))) // np.maximum(2 * each, 1)
+    to_and_fro = np.where(at_round % 2 == 0, slot, -slot)
+    receives = np.lexsort((to_and_fro, at_round))
     places = (np.repeat(slots.first, sizes) + turn)[receives]
     found = np.empty_like(order)
     found[places] = order[np.argsort(-cost[order], kind="stable")]

@@ -9,7 +9,7 @@ from torch.utils.data import get_worker_info
 
 from vlm_dagster.errors import SchemaError
 
-__all__ = ["rank_of_process", "worker_of_process"]
+__all__ = ["is_worker", "rank_of_process", "worker_of_process"]
 
 
 def rank_of_process() -> tuple[int, int]:
@@ -28,6 +28,11 @@ def rank_of_process() -> tuple[int, int]:
             "Start with torchrun, or pass rank and world_size.",
         )
     return int(rank), int(size)
+
+
+def is_worker() -> bool:
+    """Whether this process is a worker of a DataLoader."""
+    return get_worker_info() is not None
 
 
 def worker_of_process() -> tuple[int, int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from vlm_dagster.errors import CorruptFileError, VlmError
+from vlm_dagster.errors import CorruptFileError, LoaderError, VlmError
 from vlm_dagster.loaders.lengths import Lengths
 from vlm_dagster.loaders.materialize import UnitData
 from vlm_dagster.loaders.options import OrderOptions
@@ -21,37 +22,46 @@ __all__ = ["Dropped", "EpochReader", "Verify"]
 
 Verify = Literal["always", "sampled", "off"]
 
+_LOG = logging.getLogger("vlm_dagster.loader")
+
 # Of the units, by chance from (seed, epoch, unit): in the long run every one is verified.
 _SAMPLED_SHARE = 1 / 16
 _MOST_NAMED = 10
 
 
 class Dropped:
-    """Examples that were left out because what they point at is damaged, counted and named. What is
-    read again is counted once."""
+    """Examples that are left out because what they point at is damaged: how many of the batches that
+    were formed, and why. Each unit is logged when it is first met."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._found: dict[tuple[int, str], tuple[int, str]] = {}
+        self._reasons: dict[tuple[int, str], str] = {}
+        self._num_examples = 0
 
-    def add(self, unit: int, num_examples: int, error: VlmError) -> None:
+    def found(self, unit: int, error: VlmError) -> None:
+        """Something is wrong with examples of a unit."""
+        key = unit, type(error).__name__
         with self._lock:
-            self._found[unit, type(error).__name__] = (num_examples, str(error))
+            known = key in self._reasons
+            self._reasons[key] = str(error)
+        if not known:
+            _LOG.warning("examples are left out: %s", error)
+
+    def count(self, num_examples: int) -> None:
+        """So many examples are missing from a batch."""
+        with self._lock:
+            self._num_examples += num_examples
 
     def reset(self) -> None:
         with self._lock:
-            self._found.clear()
-
-    @property
-    def num_examples(self) -> int:
-        with self._lock:
-            return sum(number for number, _ in self._found.values())
+            self._reasons.clear()
+            self._num_examples = 0
 
     def to_json(self) -> dict[str, Any]:
         """How many, and the first reasons."""
         with self._lock:
-            reasons = list(dict.fromkeys(reason for _, reason in self._found.values()))
-        return {"num_examples": self.num_examples, "reasons": reasons[:_MOST_NAMED]}
+            reasons = list(dict.fromkeys(self._reasons.values()))
+            return {"num_examples": self._num_examples, "reasons": reasons[:_MOST_NAMED]}
 
 
 class EpochReader:
@@ -99,14 +109,19 @@ class EpochReader:
         except CorruptFileError as error:
             if self._bad == "fail":
                 raise
-            self._dropped.add(unit, it.num_examples, error)
+            self._dropped.found(unit, error)
             return None
         if data.bad is not None:
             if self._bad == "fail":
                 raise data.bad
-            assert data.kept is not None
-            self._dropped.add(unit, int((~data.kept).sum()), data.bad)
-        assert data.num_examples == it.num_examples, "a unit has not the examples that were planned"
+            self._dropped.found(unit, data.bad)
+        if data.num_examples != it.num_examples:
+            raise LoaderError(
+                f"a unit of bucket {it.bucket} has {data.num_examples:,} examples, and "
+                f"{it.num_examples:,} were planned: users were erased, or events dropped, since the "
+                f"loader was made",
+                "Make it anew from the same pin; its state says whether it can go on.",
+            )
         return data
 
     def _verifies(self, unit: int) -> bool:

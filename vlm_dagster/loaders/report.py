@@ -7,7 +7,6 @@ the trainer up.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from vlm_dagster.cores import num_cores
 
 __all__ = ["Meter", "Setup", "sentence"]
 
@@ -35,7 +36,8 @@ class Setup:
 
     Attributes:
         workers: "threads" or "processes".
-        num_readers: threads or processes that read.
+        num_workers: threads or processes that read.
+        num_readers: threads that read, or wait for processes that do.
         prefetch: batches ready ahead.
         form: of the batches.
         lanes, world_size: see `SequenceLoader`.
@@ -44,6 +46,7 @@ class Setup:
     """
 
     workers: str
+    num_workers: int
     num_readers: int
     prefetch: int
     form: str
@@ -66,7 +69,7 @@ class Meter:
             self._waited: dict[str, float] = {}
             self._waits: deque[float] = deque(maxlen=_MOST_WAITS)
             self._first: float | None = None
-            self._first_seconds = 0.0  # of all epochs
+            self._first_seconds = 0.0
             self._wait_seconds = self._step_seconds = self._cpu_seconds = 0.0
             self._num = {"batches": 0, "examples": 0, "events": 0, "values": 0, "bytes": 0}
 
@@ -94,7 +97,8 @@ class Meter:
 
         Args:
             waited: seconds that the consumer waited for it.
-            first: whether it is the first one since a start, for which all was cold.
+            first: whether it is the first one since the loader was made, for which all was cold; those of
+                later epochs are waited for like any other.
             events: that the model sees.
             values: events that are held.
             size: bytes.
@@ -151,7 +155,7 @@ class Meter:
                 ),
                 "stages": stages,
                 "worker_waste": 1.0 - stages["read"]["busy_share"],
-                "cpu_share": _share(self._cpu_seconds, seconds * num_cores()),
+                "cpu_share": _share(self._cpu_seconds, self._step_seconds * num_cores()),
                 "bytes_out": num["bytes"],
                 "dedupe_factor": num["events"] / num["values"] if num["values"] else 1.0,
             }
@@ -162,13 +166,6 @@ class Meter:
 def _share(part: float, whole: float) -> float:
     # Stages also work while the trainer's present step is not over and not counted yet.
     return min(part / whole, 1.0) if whole else 0.0
-
-
-def num_cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def sentence(report: Mapping[str, Any], setup: Setup) -> str:
@@ -191,14 +188,14 @@ def _cause(report: Mapping[str, Any], setup: Setup) -> str:
     read, form = (report["stages"][stage] for stage in ("read", "form"))
     cores = num_cores()
     if not setup.prefetch:
-        return "Nothing is loaded while it computes (prefetch=0): set prefetch=2."
-    if setup.lanes % setup.world_size and read["busy_share"] > _SATURATED:
+        return "No batch is formed while it computes (prefetch=0): set prefetch=2."
+    if setup.lanes % setup.world_size and read["busy_share"] > _SATURATED / 2:
         return (
             f"Reading holds it up: lanes={setup.lanes} is no multiple of world_size="
             f"{setup.world_size}, so that ranks read the same pools: set lanes={setup.world_size} "
             f"or a multiple of it."
         )
-    if not setup.num_readers:
+    if not setup.num_readers and read["busy_seconds"] >= form["busy_seconds"]:
         return (
             f"Reading holds it up: num_workers=0 reads in the thread that forms batches: "
             f"set num_workers={max(cores - 1, 1)}."
@@ -216,10 +213,10 @@ def _cause(report: Mapping[str, Any], setup: Setup) -> str:
     if read["busy_share"] > _SATURATED:
         kind = setup.workers
         busy = (
-            f"Reading holds it up: its {setup.num_readers} {kind} worked "
+            f"Reading holds it up: its {setup.num_workers} {kind} worked "
             f"{read['busy_share']:.0%} of the time"
         )
-        if setup.num_readers < cores:
+        if setup.num_workers < cores:
             return f"{busy}: raise num_workers to {cores}, the cores that there are."
         ways = []
         if not setup.cached:

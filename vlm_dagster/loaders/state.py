@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from vlm_dagster.errors import PinError
 from vlm_dagster.loaders.options import OrderOptions
@@ -12,6 +15,12 @@ from vlm_dagster.loaders.options import OrderOptions
 __all__ = ["LoaderFacts", "Position"]
 
 STATE_VERSION = 2
+
+
+def _shuffle_digest() -> str:
+    """Of a shuffle: numpy does not promise that its generators give the same ones in every version."""
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([1, 2, 3])))
+    return hashlib.sha256(rng.permutation(1000).astype("<i8").tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class LoaderFacts:
             "histories": {group: dict(pin) for group, pin in self.histories.items()},
             "projections": {group: dict(value) for group, value in self.projections.items()},
             "options": self.options.to_json(),
+            "shuffle": _shuffle_digest(),
         }
 
     def position(self, state: Mapping[str, Any]) -> Position:
@@ -113,6 +123,9 @@ class LoaderFacts:
                     found.append((f"{singular} {group!r}", theirs, ours))
         if state["num_examples"] != self.num_examples:
             found.append(("number of examples", state["num_examples"], self.num_examples))
+        shuffle = _shuffle_digest()
+        if state["shuffle"] != shuffle:
+            found.append((f"shuffles of numpy {np.__version__}", state["shuffle"], shuffle))
         options = dict(state["options"])
         found += [
             (name, options.get(name), mine)

@@ -24,7 +24,7 @@ class Step:
         number: of the step, from 0 where the share begins.
         pieces: its examples.
         padding: empty examples after these.
-        done: pools that no later step of this share needs.
+        done: pools that no later step of this share needs, but to fill up the end.
     """
 
     number: int
@@ -131,7 +131,8 @@ class Share:
 
     @cached_property
     def _last_use(self) -> I64:
-        """[num_pools] the last of this reader's steps that needs each pool; -1 if none does."""
+        """[num_pools] the last of this reader's steps that needs each pool, what fills up the end
+        aside; -1 if none does."""
         schedule, batches = self._schedule, self._batches
         pools = schedule.pieces.pool
         found = np.full(int(pools.max(initial=-1)) + 1, -1, np.int64)
@@ -142,6 +143,8 @@ class Share:
         ends = np.cumsum(counts)
         picked = np.arange(int(counts.sum())) + np.repeat(begins - (ends - counts), counts)
         np.maximum.at(found, pools[picked], np.repeat(np.arange(plain), counts))
+        # What fills the end up is read anew: held, it would be so for the whole epoch.
         for number in range(plain, len(batches)):
-            found[self._content(int(batches[number]))[0].pool] = number
+            if batches[number] < schedule.num_batches:
+                found[schedule.batch(int(batches[number])).pool] = number
         return found

@@ -65,7 +65,8 @@ class TrainingConfig:
         max_seconds: stop after so many seconds of training; None for no limit. A run that ends
             for this reason is not reproducible bit by bit.
         seed: seeds weights, dropout, negatives and the order of examples.
-        num_workers: the loader's, per rank.
+        num_workers: threads or processes that read, per rank; see `SequenceLoader`, as for all of the
+            loader's options: workers, prefetch, lanes, verify, cache.
         mix: how many of the loader's units have their examples shuffled with each other, see
             `SequenceLoader`. Few make a short run see few users; the loader's memory grows with it.
         gone: what happens where examples point at events that were erased, or dropped by age: "fail",
@@ -103,6 +104,11 @@ class TrainingConfig:
     max_seconds: float | None = None
     seed: int = 0
     num_workers: int = 2
+    workers: Literal["threads", "processes"] = "threads"
+    prefetch: int = 2
+    lanes: int = 8
+    verify: Literal["always", "sampled", "off"] = "always"
+    cache: str | None = None
     mix: int = 16
     gone: Literal["fail", "drop"] = "fail"
     device: str = "auto"
@@ -151,11 +157,12 @@ class TrainingConfig:
         for name in (
             "batch_size",
             "epochs",
+            "lanes",
             "vocabulary_min_count",
             "eval_batch_size",
         ):
             _check_int(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "seed", "num_workers", "mix"):
+        for name in ("warmup_steps", "seed", "num_workers", "prefetch", "mix"):
             _check_int(name, getattr(self, name), 0)
         for name in ("max_steps", "num_threads", "vocabulary_max_size", "eval_max_examples"):
             if getattr(self, name) is not None:
@@ -174,6 +181,15 @@ class TrainingConfig:
             raise SchemaError(
                 f"device={self.device!r} is unknown", f"Use one of {', '.join(_DEVICE_TYPES)}."
             )
+        for name, choices in (
+            ("workers", ("threads", "processes")),
+            ("verify", ("always", "sampled", "off")),
+        ):
+            if getattr(self, name) not in choices:
+                raise SchemaError(
+                    f"{name}={getattr(self, name)!r} is unknown",
+                    f"Use one of {', '.join(choices)}.",
+                )
         if self.gone not in ("fail", "drop"):
             raise SchemaError(f"gone={self.gone!r} is unknown", "Use 'fail' or 'drop'.")
         if self.eval_examples not in get_args(EvalExamples):

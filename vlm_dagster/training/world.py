@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vlm_dagster.cores import num_cores
 from vlm_dagster.errors import TrainingError
 
 __all__ = ["World", "open_world"]
@@ -83,7 +84,7 @@ def open_world(
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _choose_device(device, local_rank)
     threads_before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    torch.set_num_threads(num_threads or max(1, num_cores() // local_size))
     try:
         if size == 1:
             yield World(device=chosen)
