@@ -78,7 +78,9 @@ def encode_users(users: pa.RecordBatch) -> bytes:
 
 def decode_users(raw: bytes, stripes: Stripes) -> UserIndex:
     """The index that `encode_users` wrote."""
-    (batch,) = pa.ipc.open_stream(base64.b64decode(raw))
+    # Handing columns of a few kilobytes to other threads costs more than decompressing them.
+    options = pa.ipc.IpcReadOptions(use_threads=False)
+    (batch,) = pa.ipc.open_stream(base64.b64decode(raw), options=options)
     columns = {
         name: batch.column(name).to_numpy().astype(np.int64) for name in batch.schema.names[1:]
     }
