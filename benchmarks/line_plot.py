@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Panel", "svg"]
+__all__ = ["Line", "Panel", "svg"]
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 250, 190, 56, 46, 34
+_WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 280, 190, 52, 46, 30
 _COLOURS = ("#1f6feb", "#d1570a", "#2da44e", "#8250df")
 _STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#57606a}"
@@ -19,32 +19,45 @@ _STYLE = (
 
 
 @dataclass(frozen=True)
+class Line:
+    """How a line looks: the number of its colour, and whether it is dashed."""
+
+    colour: int
+    dashed: bool = False
+
+    @property
+    def stroke(self) -> str:
+        dashes = ' stroke-dasharray="5 4"' if self.dashed else ""
+        return f'stroke="{_COLOURS[self.colour]}"{dashes}'
+
+
+@dataclass(frozen=True)
 class Panel:
     """One plot: for each label of the x axis, a value of each line; the y axis begins at 0."""
 
     title: str
     lines: Mapping[str, Sequence[float]]
-    unit: str = ""
     top: float | None = None
 
 
-def svg(xs: Sequence[str], x_title: str, panels: Sequence[Panel]) -> str:
-    """The panels as one SVG document; x positions are evenly spaced."""
+def svg(xs: Sequence[str], x_title: str, lines: Mapping[str, Line], panels: Sequence[Panel]) -> str:
+    """The panels as one SVG document; x positions are evenly spaced.
+
+    Args:
+        lines: the legend: all lines that panels name.
+    """
     step = _WIDTH + _LEFT + _GAP
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
     body = [
-        _panel(panel, xs, x_title, colours, _LEFT + number * step)
+        _panel(panel, xs, x_title, lines, _LEFT + number * step)
         for number, panel in enumerate(panels)
     ]
     bottom = _TOP + _HEIGHT + 70
     at = _LEFT
-    for name in names:
-        body.append(
-            f'<rect x="{at}" y="{bottom - 9}" width="18" height="4" fill="{colours[name]}"/>'
-        )
-        body.append(_text(at + 24, bottom - 3, name))
-        at += 44 + 7 * len(name)
+    for name, line in lines.items():
+        across = f'x1="{at}" x2="{at + 24}" y1="{bottom - 7}" y2="{bottom - 7}"'
+        body.append(f'<line class="line" {across} {line.stroke}/>')
+        body.append(_text(at + 30, bottom - 3, name))
+        at += 56 + 7 * len(name)
     size = f'width="{step * len(panels)}" height="{bottom + 14}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{_STYLE}</style>'
@@ -54,7 +67,7 @@ def svg(xs: Sequence[str], x_title: str, panels: Sequence[Panel]) -> str:
 
 
 def _panel(
-    panel: Panel, xs: Sequence[str], x_title: str, colours: dict[str, str], left: int
+    panel: Panel, xs: Sequence[str], x_title: str, lines: Mapping[str, Line], left: int
 ) -> str:
     top = panel.top or _round_up(max(max(values) for values in panel.lines.values()))
     bottom = _TOP + _HEIGHT
@@ -72,16 +85,16 @@ def _panel(
         parts.append(
             f'<line class="grid" x1="{left}" x2="{left + _WIDTH}" y1="{at:.1f}" y2="{at:.1f}"/>'
         )
-        parts.append(_text(left - 8, at + 4, f"{value:g}{panel.unit}", anchor="end"))
+        parts.append(_text(left - 8, at + 4, f"{value:g}", anchor="end"))
     for number, label in enumerate(xs):
         parts.append(_text(x(number), bottom + 18, label, anchor="middle"))
     parts.append(_text(left + _WIDTH / 2, bottom + 38, x_title, anchor="middle"))
     for name, values in panel.lines.items():
         places = [(x(i), y(value)) for i, value in enumerate(values)]
-        line = " ".join(f"{across:.1f},{down:.1f}" for across, down in places)
-        parts.append(f'<polyline class="line" stroke="{colours[name]}" points="{line}"/>')
+        points = " ".join(f"{across:.1f},{down:.1f}" for across, down in places)
+        parts.append(f'<polyline class="line" {lines[name].stroke} points="{points}"/>')
         parts += [
-            f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" fill="{colours[name]}"/>'
+            f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" fill="{_COLOURS[lines[name].colour]}"/>'
             for across, down in places
         ]
     return "".join(parts)

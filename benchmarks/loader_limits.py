@@ -7,12 +7,13 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from benchmarks import loader_memory, loader_shuffle, loader_stored
-from benchmarks.line_plot import Panel, svg
+from benchmarks import loader_memory, loader_stored
+from benchmarks.line_plot import Line, Panel, svg
 from benchmarks.loader_bench import MAIN, MANY_SHORT, Bench
 from benchmarks.loader_data import Data
 from benchmarks.loader_floor import Floor
 from benchmarks.loader_ours import Ours
+from benchmarks.loader_shuffle import MIXES, curve
 from benchmarks.loader_stall import SLEEPS_MS, starved_share
 from benchmarks.measure import in_process
 
@@ -91,37 +92,31 @@ def stall(bench: Bench) -> None:
 
 def shuffle(bench: Bench) -> None:
     shapes = {"K=16, L=4096": MAIN, "K=16, L=256": MANY_SHORT}
+    lines: dict[str, Line] = {}
     speed: dict[str, list[float]] = {}
     distinct: dict[str, list[float]] = {}
     apart: dict[str, list[float]] = {}
-    for name, shape in shapes.items():
+    for number, (table, shape) in enumerate(shapes.items()):
         for form in ("expanded", "views"):
-            points = loader_shuffle.curve(
-                bench.folder, bench.shape(shape), form, min(bench.rounds, 3)
-            )
-            speed[f"{name}, {form}"] = [p.examples_per_s / points[0].examples_per_s for p in points]
+            name = f"{table}, {form}"
+            points = curve(bench.folder, bench.shape(shape), form, min(bench.rounds, 3))
+            lines[name] = Line(number, dashed=form == "views")
+            speed[name] = [p.examples_per_s / points[0].examples_per_s for p in points]
             for point in points:
                 bench.note(
-                    f"{name}, {form}, mix={point.mix}",
-                    point.examples_per_s,
-                    "examples/s",
-                    keep=True,
+                    f"{name}, mix={point.mix}", point.examples_per_s, "examples/s", keep=True
                 )
+        # These depend on the order alone, which is the same for all forms.
         distinct[name] = [point.distinct for point in points]
         apart[name] = [point.apart for point in points]
         for point in points:
-            bench.note(
-                f"{name}, mix={point.mix}, distinct users", point.distinct, "ratio", keep=True
-            )
-            bench.note(
-                f"{name}, mix={point.mix}, neighbours apart", point.apart, "ratio", keep=True
-            )
+            where = f"{table}, mix={point.mix}"
+            bench.note(f"{where}, distinct users / i.i.d.", point.distinct, "ratio", keep=True)
+            bench.note(f"{where}, neighbours apart / i.i.d.", point.apart, "ratio", keep=True)
     if bench.plot is not None:
         panels = [
-            Panel("speed, relative to mix=0", speed),
+            Panel("examples/s, relative to mix=0", speed),
             Panel("users of a batch, relative to i.i.d.", distinct, top=1),
             Panel("stored neighbours apart, relative to i.i.d.", apart, top=1),
         ]
-        bench.plot.write_text(
-            svg([str(mix) for mix in loader_shuffle.MIXES], "mix (units)", panels)
-        )
+        bench.plot.write_text(svg([str(mix) for mix in MIXES], "mix (units)", lines, panels))

@@ -23,7 +23,7 @@ __all__ = ["MIXES", "Point", "curve"]
 
 I64 = npt.NDArray[np.int64]
 
-MIXES = (0, 1, 4, 16, 64, 256)
+MIXES = (0, 1, 2, 4, 8, 16, 32, 64)
 
 # So that `mix` alone decides how wide a pool is.
 _EVENTS_PER_POOL = 1 << 40
