@@ -386,3 +386,15 @@ def test_without_torchrec_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "torchrec", None)
     with pytest.raises(SchemaError, match=r"pip install .*torchrec==1\.8\.0"):
         VIEWS.to_kjt()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(torch.int64, 1.5), (torch.int8, 300), (torch.int32, float("nan")), (torch.bool, 2)],
+)
+def test_a_fill_that_the_type_cannot_hold_is_refused(kind: torch.dtype, value: float) -> None:
+    sequence = JaggedSequence.expanded({"a": torch.ones(2, dtype=kind)}, torch.tensor([0, 2]))
+    with pytest.raises(SchemaError, match="for trait 'a'"):
+        sequence.to_padded("a", value=value)
+    with pytest.raises(SchemaError, match="max_length=-1"):
+        sequence.to_padded("a", -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -581,6 +582,45 @@ def test_workers_of_a_parent_that_was_killed_end_and_leave_nothing(
     process.communicate()
     wait_until(lambda: not any(is_running(process_id) for process_id in process_ids))
     assert not [name for name in os.listdir("/dev/shm") if "vlm" in name]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGRTMIN + 3])
+def test_a_worker_killed_by_any_signal_is_told(hung: World, number: int) -> None:
+    source = ProcessSource(hung.spec, 1)
+    unit = hung.plan.units[0]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(source.read, unit, hung.plan.users_of(unit), verify=True)
+        wait_until(lambda: len(source.process_ids) == 1)
+        time.sleep(0.5)
+        os.kill(source.process_ids[0], number)
+        with pytest.raises(WorkerError, match="was killed by"):
+            asked.result(20)
+    source.close()
+
+
+def test_what_cannot_be_taken_in_is_raised_where_it_is_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Borrower, block: object, num_bytes: int) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Borrower, "borrow", full)
+    source = ProcessSource(world.spec, 1)
+    unit = world.plan.units[0]
+    with pytest.raises(OSError, match="Too many open files"):
+        source.read(unit, world.plan.users_of(unit), verify=True)
+    source.close()
+
+
+def test_workers_import_nothing_from_the_working_directory(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('a stranger ran')")
+    monkeypatch.chdir(tmp_path)
+    source = ProcessSource(world.spec, 1)
+    unit = world.plan.units[0]
+    assert source.read(unit, world.plan.users_of(unit), verify=True).num_examples
+    source.close()
 
 
 def test_ctrl_c_ends_all_at_once_with_one_traceback(hung: World) -> None:

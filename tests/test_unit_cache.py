@@ -440,9 +440,60 @@ def test_clearing_takes_all_units_and_nothing_else(world: World, tmp_path: Path)
     clear_cache(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     clear_cache(tmp_path / "nowhere")
-    with pytest.warns(RuntimeWarning, match="nothing more is put there"):
-        assert_right(epoch(source, world), world)
+    # Who was writing there stops: it may have been cleared because of an erasure.
+    assert_right(epoch(source, world), world)
     assert files_of(tmp_path) == []
+
+
+def test_folders_of_others_are_left_alone(world: World, tmp_path: Path) -> None:
+    theirs = tmp_path / ("a" * 32)  # as a run of an experiment tracker may be called
+    theirs.mkdir()
+    for name in ("model.pt", "facts.json", "old.tmp"):
+        (theirs / name).write_text("[]")
+        os.utime(theirs / name, (0, 0))
+    epoch(cached(world, tmp_path)[0], world)
+    clear_cache(tmp_path)
+    assert sorted(path.name for path in theirs.iterdir()) == ["facts.json", "model.pt", "old.tmp"]
+
+
+def test_what_is_put_there_is_for_its_owner_only(world: World, tmp_path: Path) -> None:
+    epoch(cached(world, tmp_path)[0], world)
+    (home,) = tmp_path.iterdir()
+    assert home.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in home.iterdir()} == {0o600}
+
+
+def test_a_unit_larger_than_the_cache_evicts_nothing(world: World, tmp_path: Path) -> None:
+    epoch(cached(world, tmp_path)[0], world)
+    before = files_of(tmp_path)
+    size = max(path.stat().st_size for path in before)
+    small = CachedSource(
+        world.direct(), tmp_path, facts_of(world), max_bytes=sum(p.stat().st_size for p in before)
+    )
+    small._max_bytes = size // 2
+    assert not small._fits(size)
+    assert files_of(tmp_path) == before
+
+
+def test_a_file_that_claims_to_be_huge_is_read_anew(world: World, tmp_path: Path) -> None:
+    epoch(cached(world, tmp_path)[0], world)
+    source, behind = cached(world, tmp_path)
+    for path in files_of(tmp_path):
+        os.truncate(path, 8 << 40)
+    assert_right(epoch(source, world), world)
+    assert source.num_damaged == len(behind.verified) == len(world.plan.units)
+
+
+@pytest.mark.parametrize("content", ["[]", "1", '{"erased": null}', "{", ""])
+def test_homes_that_say_nothing_readable_are_no_obstacle(
+    world: World, tmp_path: Path, content: str
+) -> None:
+    epoch(cached(world, tmp_path)[0], world)
+    (home,) = tmp_path.iterdir()
+    (home / "facts.json").write_text(content)
+    os.utime(home, (0, 0))
+    source, _ = cached(world, tmp_path)
+    assert_right(epoch(source, world), world)
 
 
 def test_events_of_erased_users_leave_the_cache_when_it_is_opened(tmp_path: Path) -> None:
@@ -457,7 +508,9 @@ def test_events_of_erased_users_leave_the_cache_when_it_is_opened(tmp_path: Path
     HistoryStore.open(world.histories["ratings"].uri).erase([0], reason="asked for")
     after = opened(tmp_path / "tables")
     source, behind = cached(after, folder)
-    assert [json.loads((home / "facts.json").read_text()) for home in folder.iterdir()] == []
+    (home,) = folder.iterdir()  # its own, with nothing in it yet
+    assert json.loads((home / "facts.json").read_text())["erased"] == facts_of(after).erased
+    assert files_of(folder) == []
     assert_right(epoch(source, after), after)
     assert len(behind.verified) == len(after.plan.units)
     assert all(
@@ -467,8 +520,9 @@ def test_events_of_erased_users_leave_the_cache_when_it_is_opened(tmp_path: Path
     again, untouched = cached(opened(tmp_path / "tables"), folder)
     assert_right(epoch(again, after), after)
     assert untouched.verified == []
-    # Whoever still has the state from before open takes nothing away from others.
-    CachedSource(world.direct(), folder, facts_of(world), max_bytes=1 << 30)
+    # Whoever still has the state from before takes nothing away from others, and puts nothing there.
+    late = CachedSource(world.direct(), folder, facts_of(world), max_bytes=1 << 30)
+    assert not late._writes
     CachedSource(only_views.direct(), folder, views_facts, max_bytes=1 << 30)
     assert_right(epoch(again, after), after)
     assert untouched.verified == []

@@ -1,27 +1,20 @@
 """Decoded units kept in a local folder: a second epoch over the same snapshot decodes nothing.
 
-    FOLDER/DATA/facts.json      which tables and columns the units below were read from
-    FOLDER/DATA/UNIT.unit       a unit
-    FOLDER/DATA/*.tmp           one that is being written
-
-Both names are digests of all that decides what is in a unit, so what is found is what would have been
-read: snapshots never change. Any number of processes may share a folder.
+The name of a unit's file is a digest of all that decides what is in it, so what is found is what would
+have been read: snapshots never change. Any number of processes may share a folder (cache_folder.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import math
 import os
 import shutil
 import threading
 import time
-import uuid
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -29,6 +22,7 @@ from vlm_dagster.errors import SchemaError, StorageError
 from vlm_dagster.history import ArenaBuffers
 from vlm_dagster.loaders.cache_facts import CacheFacts
 from vlm_dagster.loaders.cache_file import DamagedError, read_unit, write_unit
+from vlm_dagster.loaders.cache_folder import CacheFolder, clear_cache
 from vlm_dagster.loaders.materialize import UnitData
 from vlm_dagster.loaders.packing import PackedUnit
 from vlm_dagster.loaders.plan import Unit
@@ -36,28 +30,19 @@ from vlm_dagster.loaders.sources import UnitSource
 
 __all__ = ["CachedSource", "clear_cache"]
 
-_FACTS = "facts.json"
-_SUFFIX = ".unit"
-_UNFINISHED = ".tmp"
-# Writing a unit takes milliseconds: whoever began so long ago was killed.
-_UNFINISHED_S = 900.0
+_LOG = logging.getLogger("vlm_dagster.loader")
+
 # What was written since the folder was last looked through, as a share of what it may hold: by so
 # much, times the processes that write, it may be larger for a while.
 _LOOK_AGAIN = 16
 # And so much is made free at once.
 _SPARE = 16
+# Of the disk, left to others: a cache must not fill it.
+_FREE_BYTES = 1 << 30
 # A full folder with nothing to evict is left alone for so long.
 _FULL_S = 60.0
 # File systems stamp files by a clock that is a little behind.
 _CLOCK_S = 1.0
-
-
-class _Entry(NamedTuple):
-    """A unit's file, in order of its last use."""
-
-    used_s: float
-    path: str
-    num_bytes: int
 
 
 class CachedSource:
@@ -78,9 +63,9 @@ class CachedSource:
 
     Args:
         source: what reads units that are not here; closed with this one.
-        folder: made if there is none, then readable by its owner only.
+        folder: made if there is none; what is put there is readable by its owner only.
         facts: of what `source` reads.
-        max_bytes: of all units in the folder together.
+        max_bytes: of all units in the folder together; a gigabyte of the disk stays free in any case.
         buffers: memory to read into; its own if None.
 
     Attributes:
@@ -105,34 +90,31 @@ class CachedSource:
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
             raise SchemaError(f"cache_bytes={max_bytes!r}", "Use a number of bytes of 0 or more.")
         self._source = source
-        self._root = Path(folder)
         self._facts = facts
-        self._home = self._root / facts.digest
         self._max_bytes = max_bytes
         self._buffers = buffers or ArenaBuffers()
         self._lock = threading.Lock()
         self._opened_s = time.time() - _CLOCK_S
         self._full_until_s = 0.0
-        self._writes = True
-        self._made_home = False
         self.num_hits = 0
         self.num_misses = 0
         self.num_damaged = 0
         self.num_written = 0
         try:
-            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _sweep(self._root, facts)
+            self._folder = CacheFolder(folder, facts)
             self._make_room(0, math.inf)
         except OSError as error:
+            source.close()
             raise StorageError(
-                str(self._root), "opening the cache of units", error, writing=False
+                str(folder), "opening the cache of units", error, writing=False
             ) from error
+        self._writes = not self._folder.is_outdated
 
     def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
         """As `UnitSource.read`. What was put here unverified is read again when it has to be
         verified."""
         key = self._facts.key_of(unit, user_ids, verify=verify)
-        path = self._home / f"{key.hex()}{_SUFFIX}"
+        path = self._folder.path_of(key)
         found = self._found(path, key, verify=verify)
         with self._lock:
             self.num_hits += found is not None
@@ -176,9 +158,9 @@ class CachedSource:
         packed = PackedUnit(unit)
         if not self._fits(packed.num_bytes):
             return
-        unfinished = path.with_name(f"{uuid.uuid4().hex}{_UNFINISHED}")
+        unfinished = self._folder.unfinished()
         try:
-            self._make_home()
+            before = path.stat().st_size if path.exists() else 0
             num_bytes = write_unit(unfinished, key, packed, self._buffers, verified=verified)
             unfinished.replace(path)
         except OSError as error:
@@ -187,26 +169,20 @@ class CachedSource:
             self._stop_writing(error)
             return
         with self._lock:
-            self._num_bytes += num_bytes
+            self._num_bytes += num_bytes - before
             self.num_written += 1
-
-    def _make_home(self) -> None:
-        """Once: if it is gone later, then somebody wants none of these units to be kept."""
-        with self._lock:
-            made, self._made_home = self._made_home, True
-        if made:
-            return
-        self._home.mkdir(exist_ok=True)
-        unfinished = self._home / f"{uuid.uuid4().hex}{_UNFINISHED}"
-        unfinished.write_text(json.dumps(self._facts.to_json(), indent=1))
-        unfinished.replace(self._home / _FACTS)
 
     def _stop_writing(self, error: OSError) -> None:
         with self._lock:
             warned, self._writes = not self._writes, False
-        if not warned:
+        if self._folder.is_gone:
+            # Somebody wants none of these units to be kept: an erasure, or `clear_cache`.
+            _LOG.info(
+                "cache of units %s was cleared: this loader goes on without", self._folder.root
+            )
+        elif not warned:
             warnings.warn(
-                f"cache of units {self._root}: nothing more is put there, because writing failed "
+                f"cache of units {self._folder.root}: nothing more is put there, because writing failed "
                 f"({error.strerror or error}). Loading goes on without. Free space or repair access, "
                 f"then make a new loader.",
                 RuntimeWarning,
@@ -217,7 +193,11 @@ class CachedSource:
 
     def _fits(self, num_bytes: int) -> bool:
         """Whether there is room for so many bytes more, after making some."""
+        if num_bytes > self._max_bytes:
+            return False
         with self._lock:
+            if shutil.disk_usage(self._folder.root).free < num_bytes + _FREE_BYTES:
+                return False
             if self._num_bytes + num_bytes <= min(self._max_bytes, self._look_again):
                 return True
             if time.monotonic() < self._full_until_s:
@@ -233,7 +213,7 @@ class CachedSource:
 
     def _make_room(self, num_bytes: int, used_before_s: float) -> None:
         """Look through the folder, and evict the longest unused of what was last used before."""
-        entries = sorted(_entries(self._root))
+        entries = self._folder.entries()
         total = sum(entry.num_bytes for entry in entries)
         if total + num_bytes > self._max_bytes:
             goal = self._max_bytes - num_bytes - self._max_bytes // _SPARE
@@ -245,52 +225,3 @@ class CachedSource:
                     total -= entry.num_bytes
         self._num_bytes = total
         self._look_again = total + self._max_bytes // _LOOK_AGAIN
-
-
-def clear_cache(folder: str | os.PathLike[str]) -> None:
-    """Delete all units in a folder, of whatever snapshot. Loaders that use it read anew.
-
-    Raises:
-        StorageError: something there cannot be deleted.
-    """
-    try:
-        for home in _homes(Path(folder)):
-            shutil.rmtree(home)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StorageError(str(folder), "clearing the cache of units", error) from error
-
-
-def _homes(root: Path) -> list[Path]:
-    """The folders that caches made here."""
-    return [path for path in root.iterdir() if len(path.name) == 32 and path.is_dir()]
-
-
-def _entries(root: Path) -> Iterator[_Entry]:
-    for home in _homes(root):
-        with contextlib.suppress(FileNotFoundError), os.scandir(home) as found:
-            for file in found:
-                if file.name.endswith(_SUFFIX):
-                    with contextlib.suppress(FileNotFoundError):
-                        stat = file.stat()
-                        yield _Entry(stat.st_mtime, file.path, stat.st_size)
-
-
-def _sweep(root: Path, facts: CacheFacts) -> None:
-    """Delete what killed writers left, and what knows less of erasures than `facts`."""
-    before = time.time() - _UNFINISHED_S
-    for home in _homes(root):
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                known = json.loads((home / _FACTS).read_text())
-            except FileNotFoundError:
-                known = {}  # killed before it wrote them; units come later
-            except ValueError:
-                known = None
-            if known is None or facts.outdates(known):
-                shutil.rmtree(home, ignore_errors=True)
-                continue
-            for path in home.glob(f"*{_UNFINISHED}"):
-                if path.stat().st_mtime < before:
-                    path.unlink(missing_ok=True)

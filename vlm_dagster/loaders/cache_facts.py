@@ -104,10 +104,12 @@ class CacheFacts:
     def to_json(self) -> dict[str, Any]:
         return {"reads": self.reads, "erased": dict(self.erased)}
 
-    def outdates(self, other: Mapping[str, Any]) -> bool:
-        """Whether other facts, as JSON, are of a table from before an erasure that these know of."""
-        erased = other.get("erased", {})
-        return any(erased[table] < num for table, num in self.erased.items() if table in erased)
+    @staticmethod
+    def outdated(facts: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+        """Whether facts are of a table from before an erasure that others know of; both as JSON."""
+        known = {} if other is None else other["erased"]
+        erased = facts["erased"]
+        return any(erased[table] < num for table, num in known.items() if table in erased)
 
 
 def _removals(removals: Sequence[Removal]) -> list[list[Any]]:

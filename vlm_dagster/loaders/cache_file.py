@@ -74,9 +74,13 @@ def write_unit(
     facts = _HEADER.pack(_MAGIC, _FORMAT, verified, len(content), key, checksum(content))
     header = facts + _CRC.pack(zlib.crc32(facts))
     memory[:_HEADER_BYTES] = np.frombuffer(header, np.uint8)
-    with path.open("xb", buffering=0) as file:
+    with open(path, "xb", buffering=0, opener=_private) as file:
         _write_all(file, memory)
     return len(memory)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _write_all(file: Any, memory: npt.NDArray[np.uint8]) -> None:
@@ -93,23 +97,20 @@ def read_unit(path: Path, key: bytes, buffers: ArenaBuffers) -> tuple[UnitData, 
         OSError: it is not there, or storage refused.
     """
     with path.open("rb", buffering=0) as file:
+        header = file.read(_HEADER_BYTES)
         size = os.fstat(file.fileno()).st_size
-        if size < _HEADER_BYTES:
+        if len(header) < _HEADER_BYTES:
             raise DamagedError(f"{path}: cut short")
+        # Before memory is taken for what the rest claims to be.
+        verified, found_sum = _check_header(path, header, key, size)
         memory = buffers.empty(size, np.uint8)
-        rest = memory.data
+        memory[:_HEADER_BYTES] = np.frombuffer(header, np.uint8)
+        rest = memory[_HEADER_BYTES:].data
         while len(rest):
             num_read = file.readinto(rest)
             if not num_read:
                 raise DamagedError(f"{path}: cut short")
             rest = rest[num_read:]
-    header = memory[:_HEADER_BYTES].tobytes()
-    magic, form, verified, num_bytes, found_key, found_sum = _HEADER.unpack_from(header)
-    (crc,) = _CRC.unpack_from(header, _HEADER.size)
-    if magic != _MAGIC or form != _FORMAT or crc != zlib.crc32(header[: _HEADER.size]):
-        raise DamagedError(f"{path}: no header")
-    if found_key != key or num_bytes != size - _HEADER_BYTES:
-        raise DamagedError(f"{path}: another unit's, or cut short")
     if checksum(memory[_HEADER_BYTES:]) != found_sum:
         raise DamagedError(f"{path}: altered")
     try:
@@ -117,3 +118,14 @@ def read_unit(path: Path, key: bytes, buffers: ArenaBuffers) -> tuple[UnitData, 
         return unpack(pa.py_buffer(memory).slice(_HEADER_BYTES)), bool(verified)
     except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path}: {error}") from error
+
+
+def _check_header(path: Path, header: bytes, key: bytes, size: int) -> tuple[bool, bytes]:
+    """Whether the unit was verified, and its checksum."""
+    magic, form, verified, num_bytes, found_key, found_sum = _HEADER.unpack_from(header)
+    (crc,) = _CRC.unpack_from(header, _HEADER.size)
+    if magic != _MAGIC or form != _FORMAT or crc != zlib.crc32(header[: _HEADER.size]):
+        raise DamagedError(f"{path}: no header")
+    if found_key != key or num_bytes != size - _HEADER_BYTES:
+        raise DamagedError(f"{path}: another unit's, or cut short")
+    return bool(verified), found_sum

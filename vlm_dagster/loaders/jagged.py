@@ -16,7 +16,7 @@ from vlm_dagster.loaders.options import Form
 if TYPE_CHECKING:
     from torchrec import KeyedJaggedTensor
 
-__all__ = ["JaggedSequence"]
+__all__ = ["JaggedSequence", "check_fill", "check_length"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,6 +272,8 @@ class JaggedSequence:
         if side not in ("left", "right"):
             raise SchemaError(f"side={side!r}", "Use 'left' or 'right'.")
         flat = self._of(trait)
+        check_length(max_length)
+        check_fill(trait, flat.dtype, value)
         width = self.longest if max_length is None else max_length
         if not len(flat):
             return flat.new_full((self.batch_size, width), value)
@@ -320,6 +322,27 @@ class JaggedSequence:
         from vlm_dagster.loaders.kjt import to_kjt
 
         return to_kjt(self, list(self.values) if traits is None else traits, unique=unique)
+
+
+def check_length(max_length: int | None) -> None:
+    """SchemaError unless it is None or a length."""
+    if max_length is not None and max_length < 0:
+        raise SchemaError(f"max_length={max_length}", "Use an integer of 0 or more, or None.")
+
+
+def check_fill(trait: str, kind: torch.dtype, value: float) -> None:
+    """SchemaError unless a trait's type holds the value as it is."""
+    if kind.is_floating_point:
+        return
+    if kind == torch.bool:
+        low, high = 0, 1
+    else:
+        low, high = torch.iinfo(kind).min, torch.iinfo(kind).max
+    if not (low <= value <= high and value == int(value)):  # NaN is neither
+        raise SchemaError(
+            f"{value!r} for trait {trait!r}, which is {kind}",
+            f"Use a whole number from {low} to {high}.",
+        )
 
 
 def _size(values: Mapping[str, Tensor]) -> int | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_dagster.errors import SchemaError
-from vlm_dagster.loaders.jagged import JaggedSequence
+from vlm_dagster.loaders.jagged import JaggedSequence, check_fill, check_length
 
 __all__ = ["merge"]
 
@@ -24,6 +24,7 @@ def merge(
     group_column: str = "group",
 ) -> JaggedSequence:
     """See `Batch.merged`; `sequences` are the groups, in order."""
+    check_length(max_length)
     names = _traits(sequences, by, traits, fill or {}, group_column)
     groups = [
         sequence.expand([name for name in names if name in sequence.values])
@@ -73,6 +74,8 @@ def _traits(
                 )
         if not kinds:
             raise SchemaError(f"no group has a trait {name!r}", "Leave it out.")
+        if len(kinds) < len(sequences):
+            check_fill(name, next(iter(kinds.values())), fill[name])
         if len(set(kinds.values())) > 1:
             raise SchemaError(
                 f"trait {name!r} has different types: {kinds}",

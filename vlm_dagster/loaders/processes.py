@@ -112,7 +112,9 @@ class ProcessSource:
         with self._lock:
             self._start_missing()
             worker = min(self._workers, key=lambda one: one.num_waiting)
-            future = worker.ask(unit, user_ids, verify)
+            number, future = worker.expect(unit)
+        # Not under the lock: a worker that does not listen must not hold up the others, nor `close`.
+        worker.ask(number, unit, user_ids, verify)
         memory, flaws = future.result()
         found = unpack(memory)
         if flaws:
@@ -161,31 +163,36 @@ class _Worker:
     """The parent's end of one worker."""
 
     def __init__(self, spec: bytes) -> None:
-        self._memory = shared_file()
-        mine, theirs = Pipe()
+        opened = contextlib.ExitStack()
         try:
+            self._memory = shared_file()
+            opened.callback(os.close, self._memory)
+            mine, theirs = Pipe()
+            opened.callback(mine.close)
+            opened.callback(theirs.close)
             arguments = [str(n) for n in (theirs.fileno(), self._memory, os.getpid())]
             arguments.append(json.dumps([path for path in sys.path if isinstance(path, str)]))
             self._process = subprocess.Popen(
-                [get_executable(), "-c", _CODE, *arguments],
+                # -P: or it would import what lies in the working directory.
+                [get_executable(), "-P", "-c", _CODE, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), self._memory),
                 process_group=0,  # Ctrl-C at the terminal is the parent's business
             )
         except OSError as error:
-            os.close(self._memory)
-            mine.close()
+            opened.close()
             raise StorageError(
                 "this machine", "starting a process that reads units", error, writing=False
             ) from error
-        finally:
-            theirs.close()
+        opened.pop_all()
+        theirs.close()
         self.process_id = self._process.pid
         self._connection = mine
         self._blocks = Borrower(self._memory)
         self._numbers = itertools.count()
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
         self._waiting: dict[int, tuple[Unit, Future[_Found]]] = {}
         self._killed = False
         self.is_alive = True
@@ -200,22 +207,26 @@ class _Worker:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def ask(self, unit: Unit, user_ids: pa.Array, verify: bool) -> Future[_Found]:
-        """A unit, once it is there."""
+    def expect(self, unit: Unit) -> tuple[int, Future[_Found]]:
+        """A number to ask by, and the unit, once it is there."""
         future: Future[_Found] = Future()
         number = next(self._numbers)
         with self._lock:
-            if not self.is_alive:
+            if self.is_alive:
+                self._waiting[number] = unit, future
+            else:
                 future.set_exception(self._why(unit))
-                return future
-            self._waiting[number] = unit, future
+        return number, future
+
+    def ask(self, number: int, unit: Unit, user_ids: pa.Array, verify: bool) -> None:
+        """Ask for what is expected."""
         # Joined: a slice would be pickled with all that it is a slice of.
         users = pa.concat_arrays([user_ids])
         self._send(pickle.dumps(Request(number, unit, users, verify, self._blocks.take_returned())))
-        return future
 
     def _send(self, message: bytes) -> None:
-        with contextlib.suppress(OSError):  # then it is dead, and the listener tells everybody
+        # If it fails the worker is dead, and the listener tells everybody.
+        with self._sending, contextlib.suppress(OSError):
             self._connection.send_bytes(message)
 
     def _listen(self) -> None:
@@ -247,10 +258,13 @@ class _Worker:
         with self._lock:
             _, future = self._waiting.pop(answer.number)
             self.bytes_read = max(self.bytes_read, answer.bytes_read or 0)
-        if answer.block is None:
-            future.set_exception(pickle.loads(answer.error))
-        else:
+        try:
+            if answer.block is None:
+                raise pickle.loads(answer.error)
             memory = self._blocks.borrow(answer.block, answer.num_bytes)
+        except BaseException as error:  # whatever it is, somebody waits for it
+            future.set_exception(error)
+        else:
             future.set_result((memory, answer.flaws))
 
     def _why(self, unit: Unit) -> WorkerError:
@@ -260,7 +274,7 @@ class _Worker:
         how = f"ended with exit code {code}"
         way_out = "What it wrote to stderr says why."
         if code is not None and code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
+            how = f"was killed by {_name_of(-code)}"
             way_out = (
                 "Mostly the system does that when memory runs out: use a smaller events_per_unit or "
                 "num_workers. The loader's state is whole, so go on from there."
@@ -279,6 +293,13 @@ class _Worker:
     def join(self) -> None:
         if threading.current_thread() is not self._listener:
             self._listener.join(_GONE_S)
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"
 
 
 def _closed() -> WorkerError:

@@ -113,7 +113,9 @@ class Lender:
     def _release(self, block: Block) -> None:
         if hasattr(mmap, "MADV_REMOVE"):
             whole, _ = self._extents.of(block)
-            whole.madvise(mmap.MADV_REMOVE, block.begin, block.size)
+            # Some systems, and files on some disks, keep what they have: it is used again all the same.
+            with contextlib.suppress(OSError):
+                whole.madvise(mmap.MADV_REMOVE, block.begin, block.size)
         self._cold.append(block)
 
     @staticmethod

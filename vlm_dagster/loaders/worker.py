@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+from copy import copy
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -96,7 +97,7 @@ class _Failed:
         self._error = error
 
     def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
-        raise self._error
+        raise copy(self._error)  # each has notes and a traceback of its own
 
     @property
     def bytes_read(self) -> int:
