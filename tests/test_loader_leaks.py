@@ -117,7 +117,7 @@ def test_a_batch_outlives_its_loader(pointers: PointerDataset) -> None:
 # -- Ctrl-C ---------------------------------------------------------------------------------------
 
 INTERRUPTED = """
-import json, sys, time
+import json, signal, sys, time
 from loading import loader_of
 from vlm_dagster import PointerDataset
 from vlm_dagster.loaders import sources
@@ -135,6 +135,8 @@ def stuck(*args, **kwargs):
     return read(*args, **kwargs)
 
 if __name__ == "__main__":  # processes that read import this module
+    # Shells start what they run in the background with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if slow:
         sources.DirectSource.read = stuck
     loader = loader_of(PointerDataset.open(folder), **options)

@@ -486,8 +486,10 @@ def test_nothing_is_left_after_closing_or_dropping(world: World) -> None:
 
 # -- as programs run it ---------------------------------------------------------------------------
 
+# Shells start what they run in the background with Ctrl-C ignored.
 PREAMBLE = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = {path!r}
 from pathlib import Path
 from unit_sources import opened
