@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -85,11 +85,16 @@ class BatchFormer:
         examples: dict[str, torch.Tensor] = {}
         strings: dict[str, list[str]] = {}
         for field in self._columns:
-            parts = [unit.examples[field.name].take(pa.array(rows)) for unit, rows in found]
+            name = field.name
             if pa.types.is_string(field.type):
-                strings[field.name] = [*pa.chunked_array(parts).to_pylist(), *[""] * padding]
+                parts = [unit.examples[name].take(pa.array(rows)) for unit, rows in found]
+                strings[name] = [*pa.chunked_array(parts).to_pylist(), *[""] * padding]
             else:
-                examples[field.name] = _tensor(parts, padding)
+                # By numpy, which keeps the interpreter's lock for so little: getting it back from
+                # threads that decode costs more than the copy.
+                examples[name] = _tensor(
+                    [unit.numbers[name][rows] for unit, rows in found], padding
+                )
         sequences = {
             group: form_sequences(
                 self._form,
@@ -103,15 +108,8 @@ class BatchFormer:
         return Batch(examples, sequences, strings, num_padding=padding)
 
 
-def _tensor(parts: Sequence[pa.Array], padding: int) -> torch.Tensor:
-    """One tensor of some arrays, one after another, and zeros after them."""
-    values = [
-        (part.cast(pa.int64()) if pa.types.is_timestamp(part.type) else part).to_numpy(
-            zero_copy_only=False
-        )
-        for part in parts
-    ]
+def _tensor(parts: list[npt.NDArray[Any]], padding: int) -> torch.Tensor:
+    """One tensor of some arrays of its own, one after another, and zeros after them."""
     if padding:
-        values.append(np.zeros(padding, values[0].dtype))
-    # Arrow's memory is read-only and shared; a tensor's has to be its own.
-    return torch.from_numpy(np.concatenate(values))
+        parts.append(np.zeros(padding, parts[0].dtype))
+    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))

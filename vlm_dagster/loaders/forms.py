@@ -20,18 +20,12 @@ from vlm_dagster.history import ArenaBuffers
 from vlm_dagster.loaders.jagged import JaggedSequence
 from vlm_dagster.loaders.materialize import Arena
 from vlm_dagster.loaders.options import Form
-from vlm_dagster.sealed.gathering import Placement, gather
+from vlm_dagster.sealed.gathering import gather
 
 __all__ = ["Piece", "form_sequences"]
 
 I64 = npt.NDArray[np.int64]
 Piece = tuple[Arena, I64]
-
-# Ranges of so many events are copied one by one, in 0.3 us and their bytes. numpy lets other threads
-# run during a copy of this size: a loop that kept them out would starve the threads that decode.
-_LONG = 512
-# So are all of a piece that has few: sorting them by length costs more.
-_FEW = 32
 
 
 def form_sequences(
@@ -158,36 +152,46 @@ class _Asked:
             yield arena, begin[low:high] - base, counts[low:high]
 
 
-class _Copies:
-    """Copies ranges of rows one after another, of any number of columns.
+class _Ranges:
+    """Ranges of rows of an arena, to be copied one after another.
 
     Args:
         starts, counts: [R] the ranges.
     """
 
     def __init__(self, starts: I64, counts: I64) -> None:
-        ends = np.cumsum(counts)
-        self.num_rows = int(ends[-1]) if len(ends) else 0
-        targets = ends - counts
-        self._rest: Placement | None = None
-        if len(counts) > _FEW and int(counts.min()) < _LONG:
-            short = (counts < _LONG) & (counts > 0)
-            if np.count_nonzero(short) > _FEW:
-                self._rest = Placement(starts[short], counts[short], targets[short])
-                long = counts >= _LONG
-                starts, counts, targets = starts[long], counts[long], targets[long]
-        bounds = (starts, starts + counts, targets, targets + counts)
-        self._each = list(zip(*(bound.tolist() for bound in bounds), strict=True))
+        some = counts > 0
+        if not some.all():
+            starts, counts = starts[some], counts[some]
+        ends = starts + counts
+        # Ranges that adjoin are one: views of users who stand side by side mostly are.
+        first: I64 = (
+            np.flatnonzero(np.append(True, starts[1:] != ends[:-1])) if len(starts) else starts
+        )
+        self.num_rows = int(counts.sum())
+        self._starts = starts[first]
+        self._counts = np.add.reduceat(counts, first) if len(starts) else counts
 
     def copy(self, values: pa.Array, destination: npt.NDArray[Any]) -> None:
+        """Into memory that is there.
+
+        By slices of memory views: they keep the interpreter's lock, for a millisecond a batch at most.
+        What lets go of it for every range has to get it back from the threads that decode, which takes
+        longer than the copy.
+        """
         word = destination.dtype
         source = np.frombuffer(
             values.buffers()[1], word, len(values), values.offset * word.itemsize
         )
-        for start, end, target, target_end in self._each:
-            destination[target:target_end] = source[start:end]
-        if self._rest is not None:
-            self._rest.copy(values, destination)
+        read, write = source.data, destination.data
+        end = 0
+        for start, count in zip(self._starts.tolist(), self._counts.tolist(), strict=True):
+            begin, end = end, end + count
+            write[begin:end] = read[start : start + count]
+
+    def copied(self, values: pa.Array) -> pa.Array:
+        """In memory of their own."""
+        return gather(values, self._starts, self._counts)
 
 
 def _copied(
@@ -195,25 +199,24 @@ def _copied(
     traits: Mapping[str, pa.DataType],
     buffers: ArenaBuffers,
 ) -> dict[str, Tensor]:
-    """Ranges (starts, counts) of arenas, one after another, straight to where they stay."""
-    copies = [(arena, starts, counts, _Copies(starts, counts)) for arena, starts, counts in parts]
-    num_values = sum(each.num_rows for *_, each in copies)
+    """Ranges (starts, counts) of arenas, one after another."""
+    asked = [(arena, _Ranges(starts, counts)) for arena, starts, counts in parts]
+    asked = [(arena, ranges) for arena, ranges in asked if ranges.num_rows]
+    num_values = sum(ranges.num_rows for _, ranges in asked)
     found = {}
     for name, kind in traits.items():
         assert not pa.types.is_string(kind), "strings are no tensor"
         in_bits = pa.types.is_boolean(kind)
         destination = buffers.empty(num_values, _word(kind))
         end = 0
-        for arena, starts, counts, each in copies:
-            begin, end = end, end + each.num_rows
-            if begin == end:
-                continue
+        for arena, ranges in asked:
+            begin, end = end, end + ranges.num_rows
             values = arena.columns[name]
             if in_bits:  # eight to a byte there, one here
-                chosen = gather(values, starts, counts)
+                chosen = ranges.copied(values)
                 destination[begin:end] = chosen.to_numpy(zero_copy_only=False)
             else:
-                each.copy(values, destination[begin:end])
+                ranges.copy(values, destination[begin:end])
         # This array itself and not a slice of it, because its end is what brings the memory back.
         found[name] = torch.from_numpy(destination)
     return found

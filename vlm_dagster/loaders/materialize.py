@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +70,17 @@ class UnitData:
     @property
     def num_examples(self) -> int:
         return len(self.examples["request_time"])
+
+    @cached_property
+    def numbers(self) -> dict[str, npt.NDArray[Any]]:
+        """The columns of the examples that are not strings, [P] each; times as int64 microseconds."""
+        return {
+            name: (c.cast(pa.int64()) if pa.types.is_timestamp(c.type) else c).to_numpy(
+                zero_copy_only=False
+            )
+            for name, c in self.examples.items()
+            if not pa.types.is_string(c.type)
+        }
 
 
 def materialize(
