@@ -56,6 +56,7 @@ class Shape:
         per_day: examples of each user and day, at random times of the day.
         length: the newest so many events before an example are its sequence.
         example_days: the last so many days have examples.
+        num_buckets: None makes a bucket a million events, so that the loader's units are whole buckets.
     """
 
     num_users: int
@@ -64,7 +65,11 @@ class Shape:
     length: int
     num_days: int = 3
     example_days: int = 1
-    num_buckets: int = 8
+    num_buckets: int | None = None
+
+    @property
+    def buckets(self) -> int:
+        return self.num_buckets or max(4, -(-self.num_users * self.history // 1_000_000))
 
     @property
     def name(self) -> str:
@@ -87,13 +92,13 @@ class Data:
 
     def _build(self) -> None:
         shape = self.shape
-        store = HistoryStore.create(self.history_uri, GROUP, num_buckets=shape.num_buckets)
+        store = HistoryStore.create(self.history_uri, GROUP, num_buckets=shape.buckets)
         pointers = PointerDataset.create(
             self.pointers_uri,
             [GROUP.name],
             request="request_time",
             max_length=shape.length,
-            num_buckets=shape.num_buckets,
+            num_buckets=shape.buckets,
         )
         per_day = shape.history // shape.num_days
         for number in range(shape.num_days):
