@@ -13,7 +13,7 @@ from benchmarks.loader_data import BATCH, TRAITS, Data, Shape
 __all__ = ["build", "first_batch"]
 
 # 1,000 files: 125 windows of 8 buckets, or 25 of 40, which are sealed sooner.
-_FULL = Shape(200, 6_250, 16, 4096, num_days=125)
+_FULL = Shape(200, 6_250, 16, 4096, num_days=125, num_buckets=8)
 _QUICK = Shape(200, 6_250, 16, 4096, num_days=25, num_buckets=40)
 
 
