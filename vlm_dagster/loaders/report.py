@@ -212,8 +212,9 @@ def _cause(report: Mapping[str, Any], setup: Setup) -> str:
         )
     if read["busy_share"] > _SATURATED:
         kind = setup.workers
+        own = kind if setup.num_workers > 1 else {"threads": "thread", "processes": "process"}[kind]
         busy = (
-            f"Reading holds it up: its {setup.num_workers} {kind} worked "
+            f"Reading holds it up: its {setup.num_workers} {own} worked "
             f"{read['busy_share']:.0%} of the time"
         )
         if setup.num_workers < cores:
