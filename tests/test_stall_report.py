@@ -82,7 +82,7 @@ WAITED = r"The trainer waited 50\.0% of the time \(p95 of a batch 5\.0 ms\)\. "
         ),
         (
             {"num_workers": 1, "num_readers": 1, "read": 1.0},
-            r"Reading holds it up: its 1 threads worked 99% of the time: raise num_workers to 4, the "
+            r"Reading holds it up: its 1 thread worked 99% of the time: raise num_workers to 4, the "
             r"cores that there are\.",
         ),
         (
@@ -229,13 +229,13 @@ def test_what_was_dropped_is_counted_anew_after_a_reset(tmp_path: Path) -> None:
 
 class SlowSource(DirectSource):
     def read(self, *args: Any, **options: Any) -> Any:
-        time.sleep(0.03)
+        time.sleep(0.1)
         return super().read(*args, **options)
 
 
 class SlowFormer(BatchFormer):
     def __call__(self, ready: Any) -> Any:
-        time.sleep(0.03)
+        time.sleep(0.1)
         return super().__call__(ready)
 
 
