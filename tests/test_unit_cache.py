@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,10 @@ from unit_sources import COLUMNS, PROJECTIONS, World, assert_same, opened, world
 
 from vlm_dagster import HistoryStore, PointerDataset, Projection
 from vlm_dagster.errors import ChecksumError, SchemaError, StorageError
+from vlm_dagster.loaders import cache, cache_folder
 from vlm_dagster.loaders.cache import CachedSource, clear_cache
 from vlm_dagster.loaders.cache_facts import CacheFacts
+from vlm_dagster.loaders.cache_folder import CacheFolder
 from vlm_dagster.loaders.materialize import UnitData
 from vlm_dagster.loaders.plan import Unit
 from vlm_dagster.loaders.sources import UnitSource
@@ -445,6 +449,133 @@ def test_clearing_takes_all_units_and_nothing_else(world: World, tmp_path: Path)
     assert files_of(tmp_path) == []
 
 
+def knowing_of_an_erasure(world: World) -> CacheFacts:
+    """The facts of the same tables after an erasure."""
+    facts = facts_of(world)
+    erased = {table: number + 1 for table, number in facts.erased.items()}
+    return CacheFacts({**facts.reads, "erasure": 1}, erased)
+
+
+def writers(world: World, folder: Path, number: int) -> list[threading.Thread]:
+    """Threads that have written a unit each and go on until a unit is not kept any more."""
+    units = [(u, world.plan.users_of(u)) for u in world.plan.units[:4]]
+    begun = threading.Barrier(number + 1)
+
+    def work() -> None:
+        source, _ = cached(world, folder)
+        source.read(*units[0], verify=True)
+        begun.wait()
+        while source._writes:
+            for unit, users in units:
+                path = source._folder.path_of(source._facts.key_of(unit, users, verify=True))
+                path.unlink(missing_ok=True)
+                source.read(unit, users, verify=True)
+
+    threads = [threading.Thread(target=work) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    return threads
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_nothing_of_before_an_erasure_is_left_by_those_who_write_meanwhile(
+    world: World, tmp_path: Path
+) -> None:
+    after = knowing_of_an_erasure(world)
+    for number in range(3):
+        threads = writers(world, tmp_path / str(number), 2)
+        CachedSource(world.direct(), tmp_path / str(number), after, max_bytes=1 << 30)
+        for thread in threads:
+            thread.join()
+        CachedSource(world.direct(), tmp_path / str(number), after, max_bytes=1 << 30)
+        assert names_in(tmp_path / str(number)) == [f"{after.digest}.vlm-units"]
+        assert files_of(tmp_path / str(number)) == []
+
+
+def test_clearing_is_complete_also_while_others_write(world: World, tmp_path: Path) -> None:
+    for number in range(3):
+        threads = writers(world, tmp_path / str(number), 2)
+        clear_cache(tmp_path / str(number))
+        assert files_of(tmp_path / str(number)) == []
+        for thread in threads:
+            thread.join()
+        assert names_in(tmp_path / str(number)) == []
+
+
+def test_who_opened_before_an_erasure_and_writes_first_after_it_puts_nothing_there(
+    world: World, tmp_path: Path
+) -> None:
+    late, _ = cached(world, tmp_path)
+    after = knowing_of_an_erasure(world)
+    CachedSource(world.direct(), tmp_path, after, max_bytes=1 << 30)
+    assert_right(epoch(late, world), world)
+    assert late.num_written == 0
+    assert names_in(tmp_path) == [f"{after.digest}.vlm-units"]
+
+
+def test_of_two_that_open_a_cache_at_once_the_one_that_knows_less_sees_the_other(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = knowing_of_an_erasure(world)
+    make = CacheFolder._make_home
+
+    def overtaken(folder: CacheFolder, facts: CacheFacts) -> None:
+        monkeypatch.setattr(CacheFolder, "_make_home", make)
+        CachedSource(world.direct(), tmp_path, after, max_bytes=1 << 30)
+        make(folder, facts)
+
+    monkeypatch.setattr(CacheFolder, "_make_home", overtaken)
+    late, _ = cached(world, tmp_path)
+    assert_right(epoch(late, world), world)
+    assert late.num_written == 0
+    assert names_in(tmp_path) == [f"{after.digest}.vlm-units"]
+
+
+def test_a_home_that_vanishes_while_it_is_made_is_no_error(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cleared(home: Path) -> None:
+        clear_cache(tmp_path)
+
+    monkeypatch.setattr(cache_folder, "_facts_of", cleared)
+    source, _ = cached(world, tmp_path)
+    monkeypatch.undo()
+    assert_right(epoch(source, world), world)
+    assert source.num_written == 0
+    assert names_in(tmp_path) == []
+
+
+def test_what_cannot_be_deleted_is_told(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoch(cached(world, tmp_path)[0], world)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(cache_folder.shutil, "rmtree", refuse)
+    after = knowing_of_an_erasure(world)
+    for _ in range(2):  # also later, when it has another name
+        with pytest.warns(RuntimeWarning, match=r"before an erasure.*Permission denied.*Delete it"):
+            CachedSource(world.direct(), tmp_path, after, max_bytes=1 << 30)
+    with pytest.raises(StorageError, match="Permission denied"):
+        clear_cache(tmp_path)
+    monkeypatch.undo()
+    clear_cache(tmp_path)
+    assert names_in(tmp_path) == []
+
+
+def test_a_folder_that_vanishes_ends_nothing(world: World, tmp_path: Path) -> None:
+    source, _ = cached(world, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    assert_right(epoch(source, world), world)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_folders_of_others_are_left_alone(world: World, tmp_path: Path) -> None:
     theirs = tmp_path / ("a" * 32)  # as a run of an experiment tracker may be called
     theirs.mkdir()
@@ -464,15 +595,116 @@ def test_what_is_put_there_is_for_its_owner_only(world: World, tmp_path: Path) -
 
 
 def test_a_unit_larger_than_the_cache_evicts_nothing(world: World, tmp_path: Path) -> None:
-    epoch(cached(world, tmp_path)[0], world)
+    units = sorted(world.plan.units, key=lambda one: one.num_events)
+    source, _ = cached(world, tmp_path)
+    for unit in units[:3]:
+        source.read(unit, world.plan.users_of(unit), verify=True)
     before = files_of(tmp_path)
-    size = max(path.stat().st_size for path in before)
-    small = CachedSource(
-        world.direct(), tmp_path, facts_of(world), max_bytes=sum(p.stat().st_size for p in before)
-    )
-    small._max_bytes = size // 2
-    assert not small._fits(size)
+    for path in before:
+        os.utime(path, (0, 0))
+    small, _ = cached(world, tmp_path, num_bytes(tmp_path))
+    small.read(units[-1], world.plan.users_of(units[-1]), verify=True)
     assert files_of(tmp_path) == before
+    small.read(units[0], world.plan.users_of(units[0]), verify=True)
+    assert small.num_hits == 1
+
+
+def test_some_of_the_disk_is_left_to_others(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, _ = cached(world, tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    tight = usage._replace(total=100 << 30, free=1 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: tight)
+    with caplog.at_level("WARNING"):
+        assert_right(epoch(source, world), world)
+    assert source.num_written == 0
+    assert [record.getMessage().count("nearly full") for record in caplog.records] == [1]
+    small = usage._replace(total=64 << 20, free=32 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
+    epoch(source, world)
+    assert source.num_written == len(world.plan.units)
+
+
+def test_a_failure_of_the_moment_does_not_turn_writing_off(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_many(*given: Any, **named: Any) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    source, _ = cached(world, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "write_unit", too_many)
+        epoch(source, world)
+    assert source.num_written == 0
+    epoch(source, world)
+    assert source.num_written == len(world.plan.units)
+
+
+def test_a_unit_that_is_put_there_again_counts_once(world: World, tmp_path: Path) -> None:
+    source, _ = cached(world, tmp_path)
+    epoch(source, world, verify=False)
+    epoch(source, world, verify=True)
+    assert source.num_written == 2 * len(world.plan.units)
+    assert source._num_bytes == num_bytes(tmp_path)
+
+
+def test_threads_that_finish_their_first_units_together_both_keep_them(
+    world: World, tmp_path: Path
+) -> None:
+    together = threading.Barrier(4)
+
+    class Together(Counting):
+        def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
+            found = super().read(unit, user_ids, verify=verify)
+            together.wait()
+            return found
+
+    for number in range(10):
+        source = CachedSource(
+            Together(world.direct()), tmp_path / str(number), facts_of(world), max_bytes=1 << 30
+        )
+        units = [(u, world.plan.users_of(u)) for u in world.plan.units[:4]]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda one: source.read(*one, verify=True), units))  # noqa: B023
+        assert source.num_written == 4
+
+
+def test_a_source_is_closed_by_a_cache_that_cannot_be_opened(world: World, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder, max_bytes in ((tmp_path / "file", 1), (tmp_path, -1)):
+        behind = Counting(world.direct())
+        with pytest.raises((StorageError, SchemaError)):
+            CachedSource(behind, folder, facts_of(world), max_bytes=max_bytes)
+        assert behind.closed
+
+
+def test_a_folder_stays_the_same_when_the_working_directory_changes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source, _ = cached(world, Path("cache"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    epoch(source, world)
+    assert len(files_of(tmp_path / "cache")) == len(world.plan.units)
+
+
+def test_what_others_left_and_may_not_be_deleted_is_no_obstacle(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoch(cached(world, tmp_path)[0], world)
+    left = files_of(tmp_path)[0].with_name("left.tmp")
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+
+    def refuse(*given: Any, **named: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    source, behind = cached(world, tmp_path)
+    assert_right(epoch(source, world), world)
+    assert behind.verified == []
 
 
 def test_a_file_that_claims_to_be_huge_is_read_anew(world: World, tmp_path: Path) -> None:
@@ -492,8 +724,16 @@ def test_homes_that_say_nothing_readable_are_no_obstacle(
     (home,) = tmp_path.iterdir()
     (home / "facts.json").write_text(content)
     os.utime(home, (0, 0))
-    source, _ = cached(world, tmp_path)
+    other = knowing_of_an_erasure(world)
+    source, behind = cached(world, tmp_path)
     assert_right(epoch(source, world), world)
+    assert behind.verified == []
+    assert json.loads((home / "facts.json").read_text())["erased"] == facts_of(world).erased
+    # What nobody can tell the age of goes, if it is not one's own.
+    (home / "facts.json").write_text(content)
+    os.utime(home, (0, 0))
+    CachedSource(world.direct(), tmp_path, other, max_bytes=1 << 30)
+    assert names_in(tmp_path) == [f"{other.digest}.vlm-units"]
 
 
 def test_events_of_erased_users_leave_the_cache_when_it_is_opened(tmp_path: Path) -> None:

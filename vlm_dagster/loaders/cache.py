@@ -7,6 +7,7 @@ have been read: snapshots never change. Any number of processes may share a fold
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ import pyarrow as pa
 from vlm_dagster.errors import SchemaError, StorageError
 from vlm_dagster.history import ArenaBuffers
 from vlm_dagster.loaders.cache_facts import CacheFacts
-from vlm_dagster.loaders.cache_file import DamagedError, read_unit, write_unit
+from vlm_dagster.loaders.cache_file import HEADER_BYTES, DamagedError, read_unit, write_unit
 from vlm_dagster.loaders.cache_folder import CacheFolder, clear_cache
 from vlm_dagster.loaders.materialize import UnitData
 from vlm_dagster.loaders.packing import PackedUnit
@@ -37,8 +38,11 @@ _LOG = logging.getLogger("vlm_dagster.loader")
 _LOOK_AGAIN = 16
 # And so much is made free at once.
 _SPARE = 16
-# Of the disk, left to others: a cache must not fill it.
+# Of the disk, left to others: so much, or of a small one such a share.
 _FREE_BYTES = 1 << 30
+_FREE_SHARE = 20
+# Failures of the moment, which say nothing of the folder: the unit is not kept, that is all.
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN)
 # A full folder with nothing to evict is left alone for so long.
 _FULL_S = 60.0
 # File systems stamp files by a clock that is a little behind.
@@ -65,7 +69,8 @@ class CachedSource:
         source: what reads units that are not here; closed with this one.
         folder: made if there is none; what is put there is readable by its owner only.
         facts: of what `source` reads.
-        max_bytes: of all units in the folder together; a gigabyte of the disk stays free in any case.
+        max_bytes: of all units in the folder together. Whatever it says, a gigabyte of the disk stays
+            free, or a twentieth of one smaller than 20 GiB.
         buffers: memory to read into; its own if None.
 
     Attributes:
@@ -88,6 +93,7 @@ class CachedSource:
         buffers: ArenaBuffers | None = None,
     ) -> None:
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
+            source.close()
             raise SchemaError(f"cache_bytes={max_bytes!r}", "Use a number of bytes of 0 or more.")
         self._source = source
         self._facts = facts
@@ -96,6 +102,7 @@ class CachedSource:
         self._lock = threading.Lock()
         self._opened_s = time.time() - _CLOCK_S
         self._full_until_s = 0.0
+        self._told_of_disk = False
         self.num_hits = 0
         self.num_misses = 0
         self.num_damaged = 0
@@ -103,12 +110,20 @@ class CachedSource:
         try:
             self._folder = CacheFolder(folder, facts)
             self._make_room(0, math.inf)
-        except OSError as error:
+        except BaseException as error:
             source.close()
+            if not isinstance(error, OSError):
+                raise
             raise StorageError(
                 str(folder), "opening the cache of units", error, writing=False
             ) from error
         self._writes = not self._folder.is_outdated
+        if not self._writes:
+            _LOG.info(
+                "cache of units %s knows of an erasure that what is read here is from before: "
+                "nothing is put there",
+                self._folder.root,
+            )
 
     def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
         """As `UnitSource.read`. What was put here unverified is read again when it has to be
@@ -156,7 +171,7 @@ class CachedSource:
 
     def _keep(self, path: Path, key: bytes, unit: UnitData, *, verified: bool) -> None:
         packed = PackedUnit(unit)
-        if not self._fits(packed.num_bytes):
+        if not self._fits(HEADER_BYTES + packed.num_bytes):
             return
         unfinished = self._folder.unfinished()
         try:
@@ -166,7 +181,8 @@ class CachedSource:
         except OSError as error:
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
-            self._stop_writing(error)
+            if error.errno not in _PASSING:
+                self._stop_writing(error)
             return
         with self._lock:
             self._num_bytes += num_bytes - before
@@ -175,12 +191,14 @@ class CachedSource:
     def _stop_writing(self, error: OSError) -> None:
         with self._lock:
             warned, self._writes = not self._writes, False
+        if warned:
+            return
         if self._folder.is_gone:
             # Somebody wants none of these units to be kept: an erasure, or `clear_cache`.
             _LOG.info(
                 "cache of units %s was cleared: this loader goes on without", self._folder.root
             )
-        elif not warned:
+        else:
             warnings.warn(
                 f"cache of units {self._folder.root}: nothing more is put there, because writing failed "
                 f"({error.strerror or error}). Loading goes on without. Free space or repair access, "
@@ -196,7 +214,7 @@ class CachedSource:
         if num_bytes > self._max_bytes:
             return False
         with self._lock:
-            if shutil.disk_usage(self._folder.root).free < num_bytes + _FREE_BYTES:
+            if num_bytes > self._room_on_disk():
                 return False
             if self._num_bytes + num_bytes <= min(self._max_bytes, self._look_again):
                 return True
@@ -210,6 +228,22 @@ class CachedSource:
             if not fits:
                 self._full_until_s = time.monotonic() + _FULL_S
             return fits
+
+    def _room_on_disk(self) -> int:
+        """What a unit may take of it, so that something is left to others."""
+        try:
+            disk = shutil.disk_usage(self._folder.root)
+        except OSError:  # the folder is gone: writing says so
+            return self._max_bytes
+        room = disk.free - min(_FREE_BYTES, disk.total // _FREE_SHARE)
+        if room <= 0 and not self._told_of_disk:
+            self._told_of_disk = True
+            _LOG.warning(
+                "cache of units %s: the disk is nearly full, nothing more is put there until there is "
+                "room",
+                self._folder.root,
+            )
+        return room
 
     def _make_room(self, num_bytes: int, used_before_s: float) -> None:
         """Look through the folder, and evict the longest unused of what was last used before."""

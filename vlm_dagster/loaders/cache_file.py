@@ -22,12 +22,12 @@ from vlm_dagster.history import ArenaBuffers
 from vlm_dagster.loaders.materialize import UnitData
 from vlm_dagster.loaders.packing import PackedUnit, unpack
 
-__all__ = ["DamagedError", "read_unit", "write_unit"]
+__all__ = ["HEADER_BYTES", "DamagedError", "read_unit", "write_unit"]
 
 # Magic, format, verified, bytes of the unit, its key, its checksum; then the CRC-32 of these.
 _HEADER = struct.Struct("<8sIIQ16s16s")
 _CRC = struct.Struct("<Q")
-_HEADER_BYTES = _HEADER.size + _CRC.size
+HEADER_BYTES = _HEADER.size + _CRC.size
 _MAGIC = b"VLM unit"
 _FORMAT = 1
 # Words in a row of the checksum: 4 KiB, so that its sums are 1/512 of the data.
@@ -68,12 +68,12 @@ def write_unit(
     Raises:
         OSError: storage refused.
     """
-    memory = buffers.empty(_HEADER_BYTES + packed.num_bytes, np.uint8)
-    content = memory[_HEADER_BYTES:]
+    memory = buffers.empty(HEADER_BYTES + packed.num_bytes, np.uint8)
+    content = memory[HEADER_BYTES:]
     packed.write(content)
     facts = _HEADER.pack(_MAGIC, _FORMAT, verified, len(content), key, checksum(content))
     header = facts + _CRC.pack(zlib.crc32(facts))
-    memory[:_HEADER_BYTES] = np.frombuffer(header, np.uint8)
+    memory[:HEADER_BYTES] = np.frombuffer(header, np.uint8)
     with open(path, "xb", buffering=0, opener=_private) as file:
         _write_all(file, memory)
     return len(memory)
@@ -97,25 +97,25 @@ def read_unit(path: Path, key: bytes, buffers: ArenaBuffers) -> tuple[UnitData, 
         OSError: it is not there, or storage refused.
     """
     with path.open("rb", buffering=0) as file:
-        header = file.read(_HEADER_BYTES)
+        header = file.read(HEADER_BYTES)
         size = os.fstat(file.fileno()).st_size
-        if len(header) < _HEADER_BYTES:
+        if len(header) < HEADER_BYTES:
             raise DamagedError(f"{path}: cut short")
         # Before memory is taken for what the rest claims to be.
         verified, found_sum = _check_header(path, header, key, size)
         memory = buffers.empty(size, np.uint8)
-        memory[:_HEADER_BYTES] = np.frombuffer(header, np.uint8)
-        rest = memory[_HEADER_BYTES:].data
+        memory[:HEADER_BYTES] = np.frombuffer(header, np.uint8)
+        rest = memory[HEADER_BYTES:].data
         while len(rest):
             num_read = file.readinto(rest)
             if not num_read:
                 raise DamagedError(f"{path}: cut short")
             rest = rest[num_read:]
-    if checksum(memory[_HEADER_BYTES:]) != found_sum:
+    if checksum(memory[HEADER_BYTES:]) != found_sum:
         raise DamagedError(f"{path}: altered")
     try:
         # Not of a slice that numpy makes: that would not keep the lent memory.
-        return unpack(pa.py_buffer(memory).slice(_HEADER_BYTES)), bool(verified)
+        return unpack(pa.py_buffer(memory).slice(HEADER_BYTES)), bool(verified)
     except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path}: {error}") from error
 
@@ -126,6 +126,6 @@ def _check_header(path: Path, header: bytes, key: bytes, size: int) -> tuple[boo
     (crc,) = _CRC.unpack_from(header, _HEADER.size)
     if magic != _MAGIC or form != _FORMAT or crc != zlib.crc32(header[: _HEADER.size]):
         raise DamagedError(f"{path}: no header")
-    if found_key != key or num_bytes != size - _HEADER_BYTES:
+    if found_key != key or num_bytes != size - HEADER_BYTES:
         raise DamagedError(f"{path}: another unit's, or cut short")
     return bool(verified), found_sum

@@ -5,9 +5,10 @@
     FOLDER/DIGEST.vlm-units/*.tmp         one that is being written
     FOLDER/*.vlm-gone                     a home that is being deleted
 
-A home is made when a cache is opened, so what the newest loader knows of erasures stands in the folder
-before it reads. It goes in one step, by a new name: who was writing there finds no folder any more,
-and stops.
+Who opens a cache first makes its home, which says what it knows of erasures, and then looks at the
+others': so of two that open it at the same time, the one that knows less sees the other's, or has its
+home seen and deleted. A home goes in one step, by a new name: who was writing there finds no folder
+any more, and stops.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _UNFINISHED = ".tmp"
 # Writing a unit takes milliseconds: whoever began so long ago was killed.
 _UNFINISHED_S = 900.0
 _MOST_CLEARINGS = 100
+_TRIES = 10
 
 
 class Entry(NamedTuple):
@@ -61,10 +63,11 @@ class CacheFolder:
         self.root = Path(root).absolute()
         self._home = self.root / f"{facts.digest}{_HOME}"
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_home(facts)
         known = [_facts_of(home) for home in _homes(self.root)]
         self.is_outdated = any(CacheFacts.outdated(facts.to_json(), other) for other in known)
-        if not self.is_outdated:
-            self._make_home(facts)
+        if self.is_outdated:
+            _delete(self._home)
         self._sweep(facts)
 
     def path_of(self, key: bytes) -> Path:
@@ -85,45 +88,48 @@ class CacheFolder:
         return sorted(_entries(self.root))
 
     def _make_home(self, facts: CacheFacts) -> None:
+        """There may be one. If others delete it meanwhile, it is not made again."""
         with contextlib.suppress(FileExistsError):
             self._home.mkdir(mode=0o700)
-        path = self._home / _FACTS
-        if not path.exists():
-            unfinished = self.unfinished()
+        if _facts_of(self._home) is not None:
+            return
+        unfinished = self.unfinished()
+        with contextlib.suppress(FileNotFoundError):
             with open(unfinished, "x", opener=_private) as file:
                 json.dump({"vlm_units": 1, **facts.to_json()}, file, indent=1)
-            unfinished.replace(path)
+            unfinished.replace(self._home / _FACTS)
 
     def _sweep(self, facts: CacheFacts) -> None:
         """Delete what killed processes left, and what is of before an erasure that `facts` know of."""
         before = time.time() - _UNFINISHED_S
         for gone in self.root.glob(f"*{_GONE}"):
-            shutil.rmtree(gone, ignore_errors=True)
+            _delete(gone)
         for home in _homes(self.root):
             with contextlib.suppress(OSError):
                 known = _facts_of(home)
                 if known is None and home.stat().st_mtime > before:
                     continue  # somebody is about to write them
                 if known is None or CacheFacts.outdated(known, facts.to_json()):
-                    self._delete(home)
+                    _delete(home)
                     continue
                 for path in home.glob(f"*{_UNFINISHED}"):
-                    if path.stat().st_mtime < before:
-                        path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        if path.stat().st_mtime < before:
+                            path.unlink()
 
-    def _delete(self, home: Path) -> None:
-        try:
-            _remove(home)
-        except FileNotFoundError:
-            pass  # another one was faster
-        except OSError as error:
-            warnings.warn(
-                f"cache of units {home}: it holds events of before an erasure, and could not be "
-                f"deleted ({error.strerror or error}). Delete it, or give whoever opens the cache the "
-                f"right to.",
-                RuntimeWarning,
-                stacklevel=5,
-            )
+
+def _delete(folder: Path) -> None:
+    """A home, or what is left of one; with a warning if it is not allowed."""
+    try:
+        _remove(folder)
+    except OSError as error:
+        warnings.warn(
+            f"cache of units {folder}: it may hold events of before an erasure, and could not be "
+            f"deleted ({error.strerror or error}). Delete it, or give whoever opens the cache the "
+            f"right to.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def clear_cache(folder: str | os.PathLike[str]) -> None:
@@ -135,27 +141,40 @@ def clear_cache(folder: str | os.PathLike[str]) -> None:
     root = Path(folder).absolute()
     try:
         for _ in range(_MOST_CLEARINGS):
-            homes = _homes(root)
-            if not homes:
-                break
-            for home in homes:
-                with contextlib.suppress(FileNotFoundError):
-                    _remove(home)
-        for gone in root.glob(f"*{_GONE}"):
-            shutil.rmtree(gone)
+            found = [*_homes(root), *root.glob(f"*{_GONE}")]
+            if not found:
+                return
+            for home in found:
+                _remove(home)
     except OSError as error:
         raise StorageError(str(folder), "clearing the cache of units", error) from error
+    raise StorageError(
+        str(folder), "clearing the cache of units", OSError("others open it over and over")
+    )
 
 
 def _remove(home: Path) -> None:
-    """In one step for everybody else."""
-    gone = home.with_name(f"{uuid.uuid4().hex}{_GONE}")
-    home.rename(gone)
-    while gone.exists():
-        # A file that a writer still gave its last name makes the first try fail.
-        shutil.rmtree(gone, ignore_errors=True)
-        if gone.exists():
+    """Delete a home, in one step for everybody else, or what is left of one.
+
+    Raises:
+        OSError: it is still there, with or without its name.
+    """
+    gone = home
+    if home.suffix == _HOME:
+        gone = home.with_name(f"{uuid.uuid4().hex}{_GONE}")
+        try:
+            home.rename(gone)
+        except FileNotFoundError:
+            return  # somebody else was faster
+    for tries_left in reversed(range(_TRIES)):
+        # It fails if somebody else deletes it too, or a file comes that was opened before it went.
+        try:
             shutil.rmtree(gone)
+        except OSError:
+            if gone.exists() and not tries_left:
+                raise
+        if not gone.exists():
+            return
 
 
 def _homes(root: Path) -> list[Path]:
