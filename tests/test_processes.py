@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -29,14 +30,15 @@ from vlm_dagster.errors import (
     CorruptFileError,
     PinError,
     SchemaError,
+    StorageError,
     TableError,
     WorkerError,
 )
-from vlm_dagster.loaders import processes, worker
+from vlm_dagster.loaders import reader_process, shared, worker
 from vlm_dagster.loaders.materialize import UnitData
 from vlm_dagster.loaders.plan import Unit
 from vlm_dagster.loaders.processes import ProcessSource
-from vlm_dagster.loaders.shared import Borrower, Lender, shared_file
+from vlm_dagster.loaders.shared import Block, Borrower, Lender, shared_file
 from vlm_dagster.loaders.sources import ReadSpec
 
 # Far beyond what anything here takes; a hang fails by it.
@@ -236,6 +238,37 @@ def test_idle_blocks_beyond_the_limit_lose_their_memory_and_keep_their_place() -
     os.close(descriptor)
 
 
+def test_where_memory_cannot_be_released_it_is_used_for_anything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *arguments: int) -> None:
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    descriptor = shared_file()
+    lender = Lender(descriptor, max_idle_bytes=0)
+    for sizes in ([900_000, 500_000], [70_000, 450_000], [10, 10]):
+        taken = [lender.take(size)[0] for size in sizes]
+        lender.give_back(taken)
+        assert lender.num_bytes < 1_500_000
+    os.close(descriptor)
+
+
+def test_a_block_that_cannot_be_mapped_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    descriptor = shared_file()
+    lender, borrower = Lender(descriptor), Borrower(descriptor)
+    block, _ = lender.take(100)
+    monkeypatch.setattr(shared._Extents, "bytes_of", full)
+    with pytest.raises(OSError, match="Too many"):
+        borrower.borrow(block, 100)
+    assert borrower.take_returned() == [block]
+    os.close(descriptor)
+
+
 def test_a_block_larger_than_an_extent_has_one_of_its_own() -> None:
     descriptor = shared_file()
     lender, borrower = Lender(descriptor), Borrower(descriptor)
@@ -382,7 +415,7 @@ def test_bytes_read_are_counted_also_of_workers_that_died(world: World) -> None:
 def test_a_worker_that_cannot_start_is_an_error_with_its_exit_code(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "_CODE", "raise SystemExit(3)")
+    monkeypatch.setattr(reader_process, "_CODE", "raise SystemExit(3)")
     source = ProcessSource(world.spec, 2)
     for _ in range(3):
         with pytest.raises(WorkerError, match="exit code 3") as raised:
@@ -583,7 +616,7 @@ def test_workers_of_a_parent_that_was_killed_end_and_leave_nothing(
     process.kill()
     process.communicate()
     wait_until(lambda: not any(is_running(process_id) for process_id in process_ids))
-    assert not [name for name in os.listdir("/dev/shm") if "vlm" in name]
+    assert not [name for name in os.listdir("/dev/shm") if "vlm-units" in name]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGRTMIN + 3])
@@ -609,8 +642,117 @@ def test_what_cannot_be_taken_in_is_raised_where_it_is_waited_for(
     monkeypatch.setattr(Borrower, "borrow", full)
     source = ProcessSource(world.spec, 1)
     unit = world.plan.units[0]
-    with pytest.raises(OSError, match="Too many open files"):
-        source.read(unit, world.plan.users_of(unit), verify=True)
+    with pytest.raises(StorageError, match=r"taking in.*Too many open files"):
+        read(source, world, unit)
+    monkeypatch.undo()
+    assert read(source, world, unit).num_examples == unit.num_examples
+    source.close()
+
+
+def test_what_goes_wrong_with_a_request_is_its_answer(world: World) -> None:
+    unit = world.plan.units[0]
+    strange = Block(0, 1 << 28, 0, 1 << 16)
+    request = worker.Request(7, unit, world.plan.users_of(unit), True, [strange])
+    answer = worker._answer(world.direct(), Lender(shared_file()), request)
+    assert answer.block is None
+    assert isinstance(pickle.loads(answer.error), KeyError)
+
+
+def test_each_read_of_what_cannot_be_opened_has_an_error_of_its_own() -> None:
+    source = worker._Failed(ValueError("no"))
+    found = []
+    for _ in range(3):
+        request = worker.Request(7, Unit(None, 0, 0, 0, 0, 0), pa.array([]), True, [])
+        answer = worker._answer(source, Lender(shared_file()), request)
+        found.append(pickle.loads(answer.error))
+    assert [len(error.__notes__) for error in found] == [1, 1, 1]
+
+
+def in_time(work: Callable[[], object]) -> None:
+    """Fails if it takes for ever."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_worker_that_does_not_listen_holds_up_nobody_else(world: World) -> None:
+    source = started(world.spec, 2)
+    unit = world.plan.units[0]
+    deaf = source._workers[0]
+    wait_until(lambda: deaf._unsent == [])
+    os.kill(deaf.process_id, signal.SIGSTOP)
+    many = pa.array(range(200_000))  # more than the socket takes
+    found: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            source.read(Unit(None, 0, 0, 200_000, 0, 0), many, verify=False)
+        except BaseException as error:
+            found.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    wait_until(lambda: deaf.num_waiting == 1)
+    time.sleep(0.2)
+    in_time(lambda: read(source, world, unit))
+    in_time(lambda: source.bytes_read)
+    in_time(source.close)
+    in_time(asking.join)
+    assert isinstance(found[0], WorkerError)
+
+
+def test_a_long_spec_waits_for_no_worker_that_is_still_starting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_process, "_CODE", "import time; time.sleep(600)")
+    spec = replace(world.spec, storage_options={"token": "x" * 4_000_000})
+    source = ProcessSource(spec, 2)
+    in_time(source.start)
+    in_time(source.close)
+
+
+def test_closing_ends_workers_before_it_waits_for_anything(world: World) -> None:
+    source = started(world.spec, 1)
+    (process_id,) = source.process_ids
+    with source._lock:
+        closing = threading.Thread(target=source.close, daemon=True)
+        closing.start()
+        wait_until(lambda: not is_running(process_id))
+    closing.join(20)
+    assert not closing.is_alive()
+
+
+@pytest.mark.parametrize("failing", ["shared_file", "Pipe", "_start", "Thread"])
+def test_of_a_worker_that_cannot_be_started_nothing_is_left(
+    world: World, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def refuse(*given: object, **named: object) -> None:
+        raise RuntimeError("too many") if failing == "Thread" else OSError(errno.EMFILE, "too many")
+
+    place = threading if failing == "Thread" else reader_process
+    descriptors, before = os.listdir("/proc/self/fd"), children()
+    source = ProcessSource(world.spec, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, failing, refuse)
+        with pytest.raises(StorageError, match=r"starting a process.*too many"):
+            source.start()
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+    assert children() == before
+    source.start()
+    source.close()
+
+
+def test_a_worker_has_its_parents_flags_and_path_however_long(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, "/nowhere/" + "x" * 300_000])
+    monkeypatch.setattr(sys, "warnoptions", ["ignore::ImportWarning"])
+    source = started(world.spec, 1)
+    command = Path(f"/proc/{source.process_ids[0]}/cmdline").read_bytes().split(b"\0")
+    assert b"-Wignore::ImportWarning" in command
+    unit = world.plan.units[0]
+    assert read(source, world, unit).num_examples == unit.num_examples
     source.close()
 
 

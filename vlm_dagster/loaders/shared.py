@@ -7,7 +7,8 @@ size containers limit, and is gone with the last process that has it, however th
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import math
 import mmap
 import os
 import tempfile
@@ -32,8 +33,11 @@ _SMALLEST = 1 << 16
 def shared_file() -> int:
     """The descriptor of an empty file without a name, in memory where the system has such files."""
     if hasattr(os, "memfd_create"):
-        with contextlib.suppress(OSError):  # sandboxes may forbid it
+        try:
             return os.memfd_create("vlm-units")
+        except OSError as error:  # sandboxes may forbid it
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
     with tempfile.TemporaryFile(prefix="vlm-units-") as file:
         return os.dup(file.fileno())
 
@@ -81,6 +85,7 @@ class Lender:
         self._lent: set[Block] = set()
         self._idle: list[Block] = []  # the newest last
         self._cold: list[Block] = []  # without memory
+        self._can_release = hasattr(mmap, "MADV_REMOVE")
 
     @property
     def num_bytes(self) -> int:
@@ -103,24 +108,27 @@ class Lender:
         room = self._max_idle_bytes
         kept: list[Block] = []
         for block in reversed(self._idle):
-            if block.size <= room:
+            if block.size <= room or not self._release(block):
                 kept.append(block)
                 room -= block.size
-            else:
-                self._release(block)
         self._idle = kept[::-1]
 
-    def _release(self, block: Block) -> None:
-        if hasattr(mmap, "MADV_REMOVE"):
+    def _release(self, block: Block) -> bool:
+        """Whether the block's memory is the system's again."""
+        if self._can_release:
             whole, _ = self._extents.of(block)
-            # Some systems, and files on some disks, keep what they have: it is used again all the same.
-            with contextlib.suppress(OSError):
+            try:
                 whole.madvise(mmap.MADV_REMOVE, block.begin, block.size)
-        self._cold.append(block)
+            except OSError:  # not every file system can
+                self._can_release = False
+            else:
+                self._cold.append(block)
+        return self._can_release
 
-    @staticmethod
-    def _fitting(blocks: list[Block], num_bytes: int) -> Block | None:
-        fits = [b for b in blocks if num_bytes <= b.size <= max(2 * num_bytes, _SMALLEST)]
+    def _fitting(self, blocks: list[Block], num_bytes: int) -> Block | None:
+        # What keeps its memory anyhow is better used for something small than left alone.
+        most = max(2 * num_bytes, _SMALLEST) if self._can_release else math.inf
+        fits = [b for b in blocks if num_bytes <= b.size <= most]
         best = min(reversed(fits), key=lambda block: block.size, default=None)
         if best is not None:
             blocks.remove(best)
@@ -155,8 +163,16 @@ class Borrower:
         self.returned: deque[Block] = deque()
 
     def borrow(self, block: Block, num_bytes: int) -> pa.Buffer:
-        """The first bytes of a block; it is returned when the last array in it is gone."""
-        lent = self._extents.bytes_of(block, num_bytes)
+        """The first bytes of a block; it is returned when the last array in it is gone.
+
+        Raises:
+            OSError: it cannot be mapped; it is returned then.
+        """
+        try:
+            lent = self._extents.bytes_of(block, num_bytes)
+        except BaseException:
+            self.returned.append(block)
+            raise
         weakref.finalize(lent, self.returned.append, block).atexit = False
         return pa.py_buffer(lent)
 

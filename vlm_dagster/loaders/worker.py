@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import traceback
-from copy import copy
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -59,13 +58,12 @@ class Answer:
     bytes_read: int | None = 0
 
 
-def main() -> None:
-    """Read units until the parent closes its end. Arguments: the descriptors of the socket and of the
-    shared memory, and the parent's process id."""
-    socket, memory, parent = (int(argument) for argument in sys.argv[1:4])
+def main(connection: Connection) -> None:
+    """Read units until the parent closes its end. Further arguments of the program: the descriptor of
+    the shared memory, and the parent's process id."""
+    memory, parent = (int(argument) for argument in sys.argv[2:4])
     # Ctrl-C is the parent's business: it closes its end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = Connection(socket)
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, inbox, parent), daemon=True).start()
     lender = Lender(memory)
@@ -75,7 +73,6 @@ def main() -> None:
         source = _Failed(error)
     while True:
         request: Request = pickle.loads(inbox.get())
-        lender.give_back(request.returned)
         connection.send_bytes(pickle.dumps(_answer(source, lender, request)))
 
 
@@ -94,10 +91,10 @@ class _Failed:
     """Stands for a source that could not be opened."""
 
     def __init__(self, error: Exception) -> None:
-        self._error = error
+        self._error = _pickled(error)
 
     def read(self, unit: Unit, user_ids: pa.Array, *, verify: bool) -> UnitData:
-        raise copy(self._error)  # each has notes and a traceback of its own
+        raise pickle.loads(self._error)  # a new one each time: raising adds to what is raised
 
     @property
     def bytes_read(self) -> int:
@@ -108,6 +105,7 @@ class _Failed:
 
 def _answer(source: UnitSource, lender: Lender, request: Request) -> Answer:
     try:
+        lender.give_back(request.returned)
         unit = source.read(request.unit, request.user_ids, verify=request.verify)
         packed = PackedUnit(unit)
         block, memory = lender.take(packed.num_bytes)
@@ -129,7 +127,7 @@ def _answer(source: UnitSource, lender: Lender, request: Request) -> Answer:
 
 def _pickled(error: Exception) -> bytes:
     """An error for another process; what does not survive that is told in words."""
-    if not isinstance(error, VlmError):
+    if not isinstance(error, VlmError) and not hasattr(error, "__notes__"):
         error.add_note(f"In a process that reads units:\n{traceback.format_exc()}")
     try:
         found = pickle.dumps(error)
