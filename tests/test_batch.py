@@ -388,13 +388,64 @@ def test_without_torchrec_the_error_says_what_to_install(
         VIEWS.to_kjt()
 
 
+def test_a_trait_that_is_named_twice_is_no_key() -> None:
+    with pytest.raises(SchemaError, match="trait 'item' is named twice"):
+        VIEWS.to_kjt(["item", "item"])
+
+
+# -- values and lengths that cannot be ------------------------------------------------------------
+
+
+def of_kind(kind: torch.dtype) -> JaggedSequence:
+    values = {"a": torch.ones(2, dtype=kind), "at": torch.tensor([1, 2])}
+    return JaggedSequence.expanded(values, torch.tensor([0, 2]))
+
+
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [(torch.int64, 1.5), (torch.int8, 300), (torch.int32, float("nan")), (torch.bool, 2)],
+    [
+        (torch.int64, 1.5),
+        (torch.int64, 2.0**63),
+        (torch.int8, 300),
+        (torch.int32, float("nan")),
+        (torch.int32, float("inf")),
+        (torch.bool, 2),
+        (torch.bool, 0.5),
+        (torch.float32, 1e39),
+        (torch.float64, 10**400),
+    ],
 )
 def test_a_fill_that_the_type_cannot_hold_is_refused(kind: torch.dtype, value: float) -> None:
-    sequence = JaggedSequence.expanded({"a": torch.ones(2, dtype=kind)}, torch.tensor([0, 2]))
-    with pytest.raises(SchemaError, match="for trait 'a'"):
-        sequence.to_padded("a", value=value)
+    sequence = of_kind(kind)
+    told = f"{value} for trait 'a', which is {kind}. Use a".replace("+", r"\+")
+    with pytest.raises(SchemaError, match=told):
+        sequence.to_padded("a", 3, value=value)
+    batch = groups(has=sequence, lacks=one(at=[1, 2]))
+    with pytest.raises(SchemaError, match=told):
+        batch.merged(by="at", fill={"a": value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (torch.int64, -1.0),
+        (torch.int8, -128),
+        (torch.bool, True),
+        (torch.bool, 0),
+        (torch.float32, 0.1),
+        (torch.float16, float("-inf")),
+        (torch.bfloat16, 3e38),
+    ],
+)
+def test_a_fill_that_the_type_holds_is_there(kind: torch.dtype, value: float) -> None:
+    wanted = torch.tensor(value, dtype=kind)
+    assert of_kind(kind).to_padded("a", 3, value=value)[0, 2] == wanted
+    merged = groups(has=of_kind(kind), lacks=one(at=[3])).merged(by="at", fill={"a": value})
+    assert merged.values["a"][-1] == wanted
+
+
+def test_a_negative_length_is_refused() -> None:
     with pytest.raises(SchemaError, match="max_length=-1"):
-        sequence.to_padded("a", -1)
+        of_kind(torch.int64).to_padded("a", -1)
+    with pytest.raises(SchemaError, match="max_length=-1"):
+        groups(has=of_kind(torch.int64)).merged(by="at", max_length=-1)

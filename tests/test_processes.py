@@ -661,11 +661,12 @@ def test_what_goes_wrong_with_a_request_is_its_answer(world: World) -> None:
 def test_each_read_of_what_cannot_be_opened_has_an_error_of_its_own() -> None:
     source = worker._Failed(ValueError("no"))
     found = []
-    for _ in range(3):
-        request = worker.Request(7, Unit(None, 0, 0, 0, 0, 0), pa.array([]), True, [])
-        answer = worker._answer(source, Lender(shared_file()), request)
-        found.append(pickle.loads(answer.error))
-    assert [len(error.__notes__) for error in found] == [1, 1, 1]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no") as raised:
+            source.read(Unit(None, 0, 0, 0, 0, 0), pa.array([]), verify=True)
+        found.append(raised.value)
+    assert found[0] is not found[1]
+    assert [len(pickle.loads(worker._pickled(error)).__notes__) for error in found] == [1, 1]
 
 
 def in_time(work: Callable[[], object]) -> None:

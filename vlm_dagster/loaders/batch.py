@@ -105,7 +105,8 @@ class Batch:
             The expanded form, with the traits, `by` and the group's number.
 
         Raises:
-            SchemaError: a group or trait is missing, or a trait's types differ between groups.
+            SchemaError: a group or trait is missing, a trait's types differ between groups, its fill
+                is nothing that its type can hold, or `max_length` is negative.
         """
         names = list(self.sequences) if groups is None else list(groups)
         for name in names:

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_dagster.errors import SchemaError
+from vlm_dagster.loaders.fills import check_fill, check_length
 from vlm_dagster.loaders.options import Form
 
 if TYPE_CHECKING:
     from torchrec import KeyedJaggedTensor
 
-__all__ = ["JaggedSequence", "check_fill", "check_length"]
+__all__ = ["JaggedSequence"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +269,9 @@ class JaggedSequence:
             value: what stands where there is no event.
             side: where the padding goes; "right" lets every sequence begin in column 0, "left"
                 lets every sequence end in the last column.
+
+        Raises:
+            SchemaError: no such trait, a negative length, or a value that the trait's type cannot hold.
         """
         if side not in ("left", "right"):
             raise SchemaError(f"side={side!r}", "Use 'left' or 'right'.")
@@ -316,33 +320,12 @@ class JaggedSequence:
                 so that an EmbeddingBagCollection looks each up and pools it once.
 
         Raises:
-            SchemaError: torchrec is not installed, types that do not go together, no such trait, or
-                `unique` of another form.
+            SchemaError: torchrec is not installed, types that do not go together, no such trait, one
+                that is named twice, or `unique` of another form.
         """
         from vlm_dagster.loaders.kjt import to_kjt
 
         return to_kjt(self, list(self.values) if traits is None else traits, unique=unique)
-
-
-def check_length(max_length: int | None) -> None:
-    """SchemaError unless it is None or a length."""
-    if max_length is not None and max_length < 0:
-        raise SchemaError(f"max_length={max_length}", "Use an integer of 0 or more, or None.")
-
-
-def check_fill(trait: str, kind: torch.dtype, value: float) -> None:
-    """SchemaError unless a trait's type holds the value as it is."""
-    if kind.is_floating_point:
-        return
-    if kind == torch.bool:
-        low, high = 0, 1
-    else:
-        low, high = torch.iinfo(kind).min, torch.iinfo(kind).max
-    if not (low <= value <= high and value == int(value)):  # NaN is neither
-        raise SchemaError(
-            f"{value!r} for trait {trait!r}, which is {kind}",
-            f"Use a whole number from {low} to {high}.",
-        )
 
 
 def _size(values: Mapping[str, Tensor]) -> int | None:

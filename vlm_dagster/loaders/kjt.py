@@ -27,15 +27,15 @@ _INSTALL = (
 
 def to_kjt(sequence: JaggedSequence, traits: Sequence[str], *, unique: bool) -> KeyedJaggedTensor:
     """See `JaggedSequence.to_kjt`."""
+    keys, num_keys = list(traits), len(traits)
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise SchemaError(f"trait {twice[0]!r} is named twice", "Name each trait once.")
     try:
         from torchrec import KeyedJaggedTensor
     except (ImportError, OSError) as error:  # OSError: fbgemm's build does not fit torch's
         raise SchemaError(f"torchrec cannot be imported ({error})", _INSTALL) from error
     whole = sequence.unique.expand(traits) if unique else sequence.expand(traits)
-    keys, num_keys = list(traits), len(traits)
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-        raise SchemaError(f"trait {twice[0]!r} is named twice", "Name each trait once.")
     if not keys:
         raise SchemaError("a KeyedJaggedTensor of no traits", "Name at least one trait.")
     values = torch.cat([column.to(_common_type(whole.values)) for column in whole.values.values()])

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_dagster.errors import SchemaError
-from vlm_dagster.loaders.jagged import JaggedSequence, check_fill, check_length
+from vlm_dagster.loaders.fills import check_fill, check_length
+from vlm_dagster.loaders.jagged import JaggedSequence
 
 __all__ = ["merge"]
 
