@@ -443,7 +443,7 @@ def reading(source: ProcessSource, world: World, unit: Unit) -> tuple[threading.
         except BaseException as error:
             found.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread, found
 
@@ -623,13 +623,14 @@ def test_workers_of_a_parent_that_was_killed_end_and_leave_nothing(
 def test_a_worker_killed_by_any_signal_is_told(hung: World, number: int) -> None:
     source = ProcessSource(hung.spec, 1)
     unit = hung.plan.units[0]
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(source.read, unit, hung.plan.users_of(unit), verify=True)
-        wait_until(lambda: len(source.process_ids) == 1)
-        time.sleep(0.5)
-        os.kill(source.process_ids[0], number)
-        with pytest.raises(WorkerError, match="was killed by"):
-            asked.result(20)
+    thread, found = reading(source, hung, unit)
+    wait_until(lambda: len(source.process_ids) == 1)
+    time.sleep(0.5)
+    os.kill(source.process_ids[0], number)
+    thread.join(20)
+    assert len(found) == 1
+    assert isinstance(found[0], WorkerError)
+    assert "was killed by" in str(found[0])
     source.close()
 
 

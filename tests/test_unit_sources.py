@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from unit_sources import COLUMNS, World, assert_same, opened, world_in
 
 from vlm_dagster import Projection
 from vlm_dagster.errors import TableError
+from vlm_dagster.loaders import materialize as reading
 from vlm_dagster.loaders.materialize import materialize
 from vlm_dagster.loaders.plan import Unit
 from vlm_dagster.loaders.sources import ReadSpec
@@ -88,3 +91,24 @@ def test_one_group_of_several_can_be_read_alone(world: World) -> None:
     assert list(found.arenas) == ["views"]
     assert found.arenas["views"].columns == {}
     assert len(found.arenas["views"].lengths) == unit.num_examples
+
+
+def test_pointers_that_do_not_match_are_counted_in_all_groups(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matches_of, numbers = reading._matches, itertools.count(2)
+
+    def wrong(*given: object) -> np.ndarray:
+        found = matches_of(*given)  # type: ignore[arg-type]
+        found[: next(numbers)] = False  # two of the first group, three of the second
+        return found
+
+    monkeypatch.setattr(reading, "_matches", wrong)
+    unit = world.plan.units[0]
+    users = world.plan.users_of(unit)
+    found = world.direct().read(unit, users, verify=True)
+    assert found.kept is not None
+    assert found.kept.tolist() == [row >= 3 for row in range(unit.num_examples)]
+    assert found.bad is not None
+    assert found.bad.group == "ratings"
+    assert "5 such pointers" in str(found.bad)

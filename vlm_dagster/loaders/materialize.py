@@ -145,7 +145,7 @@ def materialize(
         pointer = {g: {part: v[keep] for part, v in found.items()} for g, found in pointer.items()}
         examples = {name: column.filter(pa.array(keep)) for name, column in examples.items()}
     arenas = {}
-    kept, bad = np.ones(len(rank), bool), None
+    kept, wrong = np.ones(len(rank), bool), []
     for group, projection in projections.items():
         snapshot, asked = histories[group], pointer[group]
         index, arena, sums = _arena(
@@ -155,8 +155,11 @@ def materialize(
         if sums is not None:
             matches = _matches(index, rank, asked, gone[group], sums)
             kept &= matches
-            bad = bad or _error(snapshot, user_ids, rank, asked, matches)
-    return UnitData(examples, arenas, None if bad is None else kept, bad)
+            if not matches.all():
+                wrong.append((snapshot, asked, matches))
+    if not wrong:
+        return UnitData(examples, arenas)
+    return UnitData(examples, arenas, kept, _error(user_ids, rank, wrong))
 
 
 def _arena(
@@ -220,19 +223,20 @@ def _matches(
 
 
 def _error(
-    snapshot: Snapshot,
     user_ids: pa.Array,
     rank: I64,
-    pointer: Mapping[str, I64],
-    matches: npt.NDArray[np.bool_],
-) -> ChecksumError | None:
-    bad = np.flatnonzero(~matches)
-    if not len(bad):
-        return None
-    row = int(bad[0])
+    wrong: Sequence[tuple[Snapshot, Mapping[str, I64], npt.NDArray[np.bool_]]],
+) -> ChecksumError:
+    """Of the first pointer that does not match, and how many there are in all groups.
+
+    Args:
+        wrong: per group that has any, its pointers, and which of them match.
+    """
+    snapshot, pointer, matches = wrong[0]
+    row = int(np.argmin(matches))
     return ChecksumError(
         group=snapshot.group.name,
         user_id=user_ids[int(rank[row])].as_py(),
         end_position=int(pointer["end_position"][row]),
-        num_bad=len(bad),
+        num_bad=sum(int(np.count_nonzero(~matches)) for _, _, matches in wrong),
     )
