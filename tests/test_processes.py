@@ -634,17 +634,22 @@ def test_a_worker_killed_by_any_signal_is_told(hung: World, number: int) -> None
     source.close()
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(OSError(errno.EMFILE, "Too many open files"), StorageError), (MemoryError(), MemoryError)],
+)
 def test_what_cannot_be_taken_in_is_raised_where_it_is_waited_for(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
 ) -> None:
-    def full(self: Borrower, block: object, num_bytes: int) -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
+    def refuse(*given: object) -> None:
+        raise error
 
-    monkeypatch.setattr(Borrower, "borrow", full)
+    monkeypatch.setattr(shared._Extents, "bytes_of", refuse)
     source = ProcessSource(world.spec, 1)
     unit = world.plan.units[0]
-    with pytest.raises(StorageError, match=r"taking in.*Too many open files"):
-        read(source, world, unit)
+    thread, found = reading(source, world, unit)
+    thread.join(20)
+    assert [type(one) for one in found] == [kind]
     monkeypatch.undo()
     assert read(source, world, unit).num_examples == unit.num_examples
     source.close()

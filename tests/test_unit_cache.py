@@ -562,6 +562,8 @@ def test_what_cannot_be_deleted_is_told(
     for _ in range(2):  # also later, when it has another name
         with pytest.warns(RuntimeWarning, match=r"before an erasure.*Permission denied.*Delete it"):
             CachedSource(world.direct(), tmp_path, after, max_bytes=1 << 30)
+    # But nobody writes there, or reads from there, any more.
+    assert f"{facts_of(world).digest}.vlm-units" not in names_in(tmp_path)
     with pytest.raises(StorageError, match="Permission denied"):
         clear_cache(tmp_path)
     monkeypatch.undo()
