@@ -9,7 +9,7 @@ from benchmarks.figures import Figures
 from benchmarks.loader_cell import FAT, Cell, run_cell
 from benchmarks.loader_data import Shape
 
-__all__ = ["MAIN", "MANY_SHORT", "OF_K", "OF_L", "TENANT", "TENANT_LENGTH", "Bench"]
+__all__ = ["MAIN", "OF_K", "OF_L", "TENANT", "TENANT_LENGTH", "Bench"]
 
 MAIN = Shape(8_000, 6_000, 16, 4_096)
 OF_K = {
@@ -26,7 +26,6 @@ OF_L = {
 }
 TENANT = OF_L[16_384]
 TENANT_LENGTH = 256
-MANY_SHORT = Shape(16_000, 384, 16, 256)
 
 # What a quick run divides the users of every table by.
 _QUICK = 20

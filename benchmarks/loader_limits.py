@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import loader_memory, loader_stored
 from benchmarks.line_plot import Line, Panel, svg
-from benchmarks.loader_bench import MAIN, MANY_SHORT, Bench
+from benchmarks.loader_bench import MAIN, OF_L, Bench
 from benchmarks.loader_data import Data
 from benchmarks.loader_floor import Floor
 from benchmarks.loader_ours import Ours
@@ -91,7 +91,7 @@ def stall(bench: Bench) -> None:
 
 
 def shuffle(bench: Bench) -> None:
-    shapes = {"K=16, L=4096": MAIN, "K=16, L=256": MANY_SHORT}
+    shapes = {"K=16, L=4096": MAIN, "K=16, L=256": OF_L[256]}
     lines: dict[str, Line] = {}
     speed: dict[str, list[float]] = {}
     distinct: dict[str, list[float]] = {}
