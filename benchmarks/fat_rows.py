@@ -40,6 +40,7 @@ class Layout:
         tuned: plain pages, elements never null.
         blobs: a sequence is one binary value, which nothing but its reader understands.
         rows: of a row group.
+        page: bytes of a page at most: zstd finds repeats only within one.
     """
 
     compression: str
@@ -48,6 +49,7 @@ class Layout:
     blobs: bool = False
     level: int | None = None
     rows: int = BATCH
+    page: int = 1 << 20
 
     @property
     def options(self) -> dict[str, Any]:
@@ -55,13 +57,14 @@ class Layout:
             "compression": self.compression,
             "compression_level": self.level,
             "use_dictionary": not self.tuned,
+            "data_page_size": self.page,
             "write_statistics": not self.blobs,
         }
 
 
 LAYOUTS = {
     "by time, snappy": Layout("snappy", by_user=False, tuned=False, rows=4 * BATCH),
-    "by user, zstd": Layout("zstd", level=3),
+    "by user, zstd": Layout("zstd", level=3, page=1 << 24),
     "by user, LZ4": Layout("lz4"),
     "by user, plain": Layout("none"),
     "blobs, plain": Layout("none", blobs=True),
