@@ -28,7 +28,7 @@ TENANT = OF_L[16_384]
 TENANT_LENGTH = 256
 
 # What a quick run divides the users of every table by.
-_QUICK = 20
+_QUICK = 40
 
 
 @dataclass

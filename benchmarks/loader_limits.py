@@ -38,7 +38,7 @@ def stored(bench: Bench) -> None:
 
 
 def memory(bench: Bench) -> None:
-    few, lots = (1_000_000, 3_000_000) if bench.quick else (10_000_000, 200_000_000)
+    few, lots = (500_000, 1_500_000) if bench.quick else (10_000_000, 200_000_000)
     peaks: dict[tuple[int, str], float] = {}
     for num_events in (few, lots):
         folder = bench.folder / f"memory-{num_events}"
