@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from vlm_dagster.history import ArenaBuffers
 from vlm_dagster.loaders.jagged import JaggedSequence
 from vlm_dagster.loaders.materialize import Arena
 from vlm_dagster.loaders.options import Form
-from vlm_dagster.sealed.gathering import gather
+from vlm_dagster.sealed.gathering import Placement, gather
 
 __all__ = ["Piece", "form_sequences"]
 
@@ -152,71 +151,37 @@ class _Asked:
             yield arena, begin[low:high] - base, counts[low:high]
 
 
-class _Ranges:
-    """Ranges of rows of an arena, to be copied one after another.
-
-    Args:
-        starts, counts: [R] the ranges.
-    """
-
-    def __init__(self, starts: I64, counts: I64) -> None:
-        some = counts > 0
-        if not some.all():
-            starts, counts = starts[some], counts[some]
-        ends = starts + counts
-        # Ranges that adjoin are one: views of users who stand side by side mostly are.
-        first: I64 = (
-            np.flatnonzero(np.append(True, starts[1:] != ends[:-1])) if len(starts) else starts
-        )
-        self.num_rows = int(counts.sum())
-        self._starts = starts[first]
-        self._counts = np.add.reduceat(counts, first) if len(starts) else counts
-
-    def copy(self, values: pa.Array, destination: npt.NDArray[Any]) -> None:
-        """Into memory that is there.
-
-        By slices of memory views: they keep the interpreter's lock, for a millisecond a batch at most.
-        What lets go of it for every range has to get it back from the threads that decode, which takes
-        longer than the copy.
-        """
-        word = destination.dtype
-        source = np.frombuffer(
-            values.buffers()[1], word, len(values), values.offset * word.itemsize
-        )
-        read, write = source.data, destination.data
-        end = 0
-        for start, count in zip(self._starts.tolist(), self._counts.tolist(), strict=True):
-            begin, end = end, end + count
-            write[begin:end] = read[start : start + count]
-
-    def copied(self, values: pa.Array) -> pa.Array:
-        """In memory of their own."""
-        return gather(values, self._starts, self._counts)
-
-
 def _copied(
     parts: Sequence[tuple[Arena, I64, I64]],
     traits: Mapping[str, pa.DataType],
     buffers: ArenaBuffers,
 ) -> dict[str, Tensor]:
-    """Ranges (starts, counts) of arenas, one after another."""
-    asked = [(arena, _Ranges(starts, counts)) for arena, starts, counts in parts]
-    asked = [(arena, ranges) for arena, ranges in asked if ranges.num_rows]
-    num_values = sum(ranges.num_rows for _, ranges in asked)
+    """Ranges (starts, counts) of arenas, one after another.
+
+    `Placement` keeps the interpreter's lock while it copies long ranges. What lets go of it for every
+    range has to get it back from the threads that decode, which takes longer than the copies.
+    """
+    asked = []
+    for arena, starts, counts in parts:
+        some = counts > 0
+        if some.any():
+            asked.append((arena, starts[some], counts[some]))
+    ends = np.cumsum([0, *(int(counts.sum()) for _, _, counts in asked)]).tolist()
+    placements = [
+        Placement(starts, counts, np.cumsum(counts) - counts) for _, starts, counts in asked
+    ]
     found = {}
     for name, kind in traits.items():
         assert not pa.types.is_string(kind), "strings are no tensor"
-        in_bits = pa.types.is_boolean(kind)
-        destination = buffers.empty(num_values, _word(kind))
-        end = 0
-        for arena, ranges in asked:
-            begin, end = end, end + ranges.num_rows
-            values = arena.columns[name]
-            if in_bits:  # eight to a byte there, one here
-                chosen = ranges.copied(values)
-                destination[begin:end] = chosen.to_numpy(zero_copy_only=False)
+        destination = buffers.empty(ends[-1], _word(kind))
+        for (arena, starts, counts), placement, begin, end in zip(
+            asked, placements, ends, ends[1:], strict=False
+        ):
+            values, goal = arena.columns[name], destination[begin:end]
+            if pa.types.is_boolean(kind):  # eight to a byte there, one here
+                goal[:] = gather(values, starts, counts).to_numpy(zero_copy_only=False)
             else:
-                ranges.copy(values, destination[begin:end])
+                placement.copy(values, goal)
         # This array itself and not a slice of it, because its end is what brings the memory back.
         found[name] = torch.from_numpy(destination)
     return found
