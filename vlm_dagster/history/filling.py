@@ -1,8 +1,9 @@
 """Filling arenas: decode some row groups of a file, copy their ranges into place, go on.
 
 Nothing is held of a file but the piece being decoded, which is still in the processor's cache when it
-is copied from. Pieces of small files are copied together, as each copying costs something. Files are independent of each other, so threads share them out; where storage has to
-fetch, the bytes of the next files are on their way meanwhile.
+is copied from. Pieces of small files are copied together, as each copying costs something. Files are
+independent of each other, so threads share them out; where storage has to fetch, the bytes of the next
+files are on their way meanwhile.
 """
 
 from __future__ import annotations

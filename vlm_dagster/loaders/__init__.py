@@ -17,8 +17,8 @@ In which order it comes:
 How it is read:
     materialize.py  one unit: read pointers and histories once, check them, know every range
     sources.py      where units come from: read right here, or
-    processes.py    by other processes (worker.py, shared.py, packing.py), or
-    cache.py        from a local folder (cache_facts.py, cache_file.py, packing.py)
+    processes.py    by other processes (reader_process.py, worker.py, shared.py, packing.py), or
+    cache.py        from a local folder (cache_folder.py, cache_facts.py, cache_file.py, packing.py)
     reading.py      the pools of an epoch; what happens to damaged examples
     pool.py         a pool in memory, and the order its examples come in
 
@@ -26,6 +26,7 @@ What comes out:
     forming.py      the examples that a step names, as a batch
     forms.py        ranges of arenas as sequences of each form
     jagged.py       sequences of one group in three forms: expanded, deduplicated, views
+    fills.py        what may stand where there is no event
     kjt.py          the same as TorchRec's KeyedJaggedTensor
     merging.py      several groups' sequences as one, in the order of time
     batch.py        what a training step gets

@@ -22,7 +22,7 @@ from vlm_dagster.loaders.schedule import (
 )
 from vlm_dagster.loaders.steps import Share
 
-__all__ = ["Epoch", "Epochs"]
+__all__ = ["Epoch", "Epochs", "Slots"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -62,10 +62,6 @@ class Epoch:
             worker=worker,
             num_workers=num_workers,
         )
-
-    def slots(self) -> Slots:
-        """Which rows of each pool go to which batch."""
-        return Slots(self.schedule)
 
 
 class Slots:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from vlm_dagster.errors import CorruptFileError
@@ -14,14 +13,11 @@ from vlm_dagster.history import Snapshot
 from vlm_dagster.loaders.options import OrderOptions
 from vlm_dagster.loaders.plan import Plan, Unit
 from vlm_dagster.loaders.pool import ExampleKeys
-from vlm_dagster.loaders.readable import readable
+from vlm_dagster.loaders.readable import read_asked
 from vlm_dagster.pointers import PointerSnapshot
-from vlm_dagster.pointers.spec import pointer_fields
 from vlm_dagster.schema import Projection
 
 __all__ = ["Lengths"]
-
-I64 = npt.NDArray[np.int64]
 
 
 class Lengths:
@@ -68,29 +64,22 @@ class Lengths:
 
     def _read(self, unit: Unit) -> ExampleKeys:
         pointers = self._pointers if unit.window is None else self._pointers.only(unit.window)
-        users = self._plan.users_of(unit)
-        index = pointers.bucket_index(unit.bucket, users)
-        counts = index.num_events
-        fields = {group: pointer_fields(group) for group in self._projections}
-        names = [f[part] for f in fields.values() for part in ("end_position", "length")]
-        read = index.read(["request_time", *names], np.zeros_like(counts), counts)
-        rank = np.repeat(np.arange(len(users)), counts)
-        keep = np.ones(len(rank), bool)
+        asked = read_asked(
+            pointers,
+            self._histories,
+            self._projections,
+            unit.bucket,
+            self._plan.users_of(unit),
+            columns=["request_time"],
+            whole=self._verify,
+        ).only_readable()
         lengths = {}
         for group, projection in self._projections.items():
-            end, length = (
-                np.asarray(read.columns[fields[group][part]]) for part in ("end_position", "length")
-            )
-            gone = self._histories[group].gone_of(users)
-            most = projection.max_length
-            keep &= readable(gone, rank, end, length, most, verify=self._verify)
+            length, most = asked.pointers[group]["length"], projection.max_length
             lengths[group] = length if most is None else np.minimum(length, most)
-        if not keep.all():
-            lengths = {group: length[keep] for group, length in lengths.items()}
-        kept = pa.array(keep)
         found = ExampleKeys.of(
-            pa.array(rank).filter(kept),
-            read.columns["request_time"].filter(kept),
+            pa.array(asked.rank),
+            asked.columns["request_time"],
             lengths,
             self._options.balance_length,
         )

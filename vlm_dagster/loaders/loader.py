@@ -19,7 +19,7 @@ from vlm_dagster.loaders import graph
 from vlm_dagster.loaders.batch import Batch
 from vlm_dagster.loaders.cache import CachedSource
 from vlm_dagster.loaders.cache_facts import CacheFacts
-from vlm_dagster.loaders.epochs import Epoch, Epochs
+from vlm_dagster.loaders.epochs import Epoch, Epochs, Slots
 from vlm_dagster.loaders.forming import BatchFormer
 from vlm_dagster.loaders.lengths import Lengths
 from vlm_dagster.loaders.options import (
@@ -367,7 +367,7 @@ class SequenceLoader(IterableDataset[Batch]):
             bad=self._bad,
             dropped=self._dropped,
             lengths=self._lengths,
-            slots=order.slots() if self._options.balance else None,
+            slots=Slots(order.schedule) if self._options.balance else None,
         )
         lanes = self._options.lanes
         lanes_here = lanes // math.gcd(lanes, self._world_size * num_workers)

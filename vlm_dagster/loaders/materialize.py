@@ -18,11 +18,10 @@ from vlm_dagster.errors import ChecksumError
 from vlm_dagster.history import ArenaBuffers, Snapshot
 from vlm_dagster.history.arena import BucketIndex
 from vlm_dagster.history.filling import Visit
-from vlm_dagster.loaders.readable import readable
+from vlm_dagster.loaders.readable import read_asked
 from vlm_dagster.pointers import PointerSnapshot
 from vlm_dagster.pointers.checksum import RangeSums
 from vlm_dagster.pointers.spans import outer_ranges
-from vlm_dagster.pointers.spec import pointer_fields
 from vlm_dagster.schema import Projection
 from vlm_dagster.sealed.gathering import gather
 from vlm_dagster.sealed.gone import GoneRows
@@ -115,51 +114,34 @@ def materialize(
     Raises:
         PinError, CorruptFileError: the histories cannot be what was pinned.
     """
-    fields = {group: pointer_fields(group) for group in projections}
-    parts = ["end_position", "length", *(["checksum"] if verify else [])]
-    needed = [names[part] for names in fields.values() for part in parts]
-    index = pointers.bucket_index(bucket, user_ids)
-    num_examples = index.num_events
-    read = index.read(
-        list(dict.fromkeys([*columns, *needed])),
-        np.zeros_like(num_examples),
-        num_examples,
+    asked = read_asked(
+        pointers,
+        histories,
+        projections,
+        bucket,
+        user_ids,
+        columns=columns,
+        checksums=verify,
+        whole=verify if whole is None else whole,
         buffers=buffers,
-    )
-    rank = np.repeat(np.arange(len(user_ids)), num_examples)
-    pointer = {
-        group: {part: np.asarray(read.columns[names[part]]) for part in parts}
-        for group, names in fields.items()
-    }
-    gone = {group: histories[group].gone_of(user_ids) for group in projections}
-    keep = np.ones(len(rank), bool)
-    for group, projection in projections.items():
-        end, length = pointer[group]["end_position"], pointer[group]["length"]
-        most = projection.max_length
-        keep &= readable(
-            gone[group], rank, end, length, most, verify=verify if whole is None else whole
-        )
-    examples = {name: read.columns[name] for name in columns}
-    if not keep.all():
-        rank = rank[keep]
-        pointer = {g: {part: v[keep] for part, v in found.items()} for g, found in pointer.items()}
-        examples = {name: column.filter(pa.array(keep)) for name, column in examples.items()}
+    ).only_readable()
+    rank = asked.rank
     arenas = {}
     kept, wrong = np.ones(len(rank), bool), []
     for group, projection in projections.items():
-        snapshot, asked = histories[group], pointer[group]
+        snapshot, pointer, gone = histories[group], asked.pointers[group], asked.gone[group]
         index, arena, sums = _arena(
-            snapshot, projection, user_ids, rank, asked, gone[group], verify, buffers
+            snapshot, projection, user_ids, rank, pointer, gone, verify, buffers
         )
         arenas[group] = arena
         if sums is not None:
-            matches = _matches(index, rank, asked, gone[group], sums)
+            matches = _matches(index, rank, pointer, gone, sums)
             kept &= matches
             if not matches.all():
-                wrong.append((snapshot, asked, matches))
+                wrong.append((snapshot, pointer, matches))
     if not wrong:
-        return UnitData(examples, arenas)
-    return UnitData(examples, arenas, kept, _error(user_ids, rank, wrong))
+        return UnitData(asked.columns, arenas)
+    return UnitData(asked.columns, arenas, kept, _error(user_ids, rank, wrong))
 
 
 def _arena(

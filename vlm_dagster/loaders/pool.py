@@ -47,8 +47,10 @@ class ExampleKeys:
         lengths: Mapping[str, I64],
         balance_length: int,
     ) -> ExampleKeys:
-        """Args:
-        lengths: per group, [P] events that the model sees.
+        """From the examples' columns.
+
+        Args:
+            lengths: per group, [P] events that the model sees.
         """
         counts = run_lengths(user_ids)[1] if len(user_ids) else np.zeros(0, np.int64)
         zero = np.zeros(len(user_ids), np.int64)

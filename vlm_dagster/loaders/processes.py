@@ -29,9 +29,9 @@ __all__ = ["ProcessSource"]
 class ProcessSource:
     """Reads units in processes of its own.
 
-    `read` may be called from many threads; as many units are read at the same time as there are
-    workers; with more threads than workers, these need not wait for the next request. A unit's memory is used again once
-    nothing refers to its arrays. A worker that dies fails what it was asked for, and the next read
+    `read` may be called from many threads. As many units are read at the same time as there are
+    workers; with more threads than that, these need not wait for the next request. A unit's memory is
+    used again once nothing refers to its arrays. A worker that dies fails what it was asked for, and the next read
     starts another in its place.
 
     A source belongs to the process that made it, and works in any: also in a daemonic one, a

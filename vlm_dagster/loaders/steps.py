@@ -65,7 +65,6 @@ class Share:
         self._schedule = schedule
         self._batch_size = batch_size
         self._uneven = uneven
-        self._begin = begin
         total = schedule.num_batches
         usable = total
         if uneven == "drop" and batch_size is not None and not schedule.last_is_full:
